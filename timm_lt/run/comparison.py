@@ -115,8 +115,7 @@ def load_grid(name: str) -> Grid:
         path = shipped[path.stem]
     values = {"name": path.stem, **read_yaml(path, "grid")}
     with prefixed(f"grid {path}"):
-        grid: Grid = parse_values(Grid, values)
-    return grid
+        return parse_values(Grid, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +236,7 @@ def _try_out(recipe: Recipe) -> None:
 def run_all(runs: Sequence[Run], *, jobs: int, threads: int) -> dict[Run, str]:
     """Runs what is not finished yet in ``jobs`` processes, and returns why some runs failed.
 
-    Each process is on the GPU with the fewest of them if there is one. Ctrl-C and SIGTERM end the
-    processes, whose runs can be resumed.
+    GPUs share the processes evenly. Ctrl-C and SIGTERM end them; their runs can be resumed.
     """
     waiting = [run for run in runs if not run.is_finished]
     log.info("%d of %d runs are finished already", len(runs) - len(waiting), len(runs))
@@ -345,10 +343,9 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
     markdown = f"{record['title']}.\n\n{table}\n\n{'; '.join(filter(None, below))}.\n"
     write_atomic(folder / MARKDOWN, markdown)
     if grid.plot:
+        cells = {(row["label"], row["column"]): row for row in record["rows"]}
         spreads = {
-            group_word(key): {
-                (row["label"], row["column"]): spread(row, key) for row in record["rows"]
-            }
+            group_word(key): {cell: spread(row, key) for cell, row in cells.items()}
             for key in record["figures"]
         }
         save_spread_plot(folder / PLOTS / f"{grid.name}.png", spreads, title=grid.rows_title)
@@ -357,9 +354,11 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
     """Returns the texts of the table, headings first: a matrix, or shot groups by row."""
-    rows, number = record["rows"], len(record["seeds"])
+    rows, seeds = record["rows"], record["seeds"]
     missing = [
-        f" ({len(row['by_seed'])} of {number} seeds)" if len(row["by_seed"]) < number else ""
+        f" ({len(row['by_seed'])} of {len(seeds)} seeds)"
+        if len(row["by_seed"]) < len(seeds)
+        else ""
         for row in rows
     ]
     if grid.columns and not grid.plot:
@@ -370,18 +369,20 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
             texts = lines[row["label"]]
             texts[1 + grid.columns.index(row["column"])] = spread_text((mean, sd)) + note
         return [[f"{grid.rows_title} / {grid.columns_title}", *grid.columns], *lines.values()]
-    columns, quoted = bool(grid.columns), bool(record["quoted_from"])
-    table = [[grid.rows_title, *([grid.columns_title] if columns else [])]]
-    table[0] += [group_word(key).replace("_", " ") for key in record["figures"]]
-    table[0] += ["all, to the first row", *(["quoted"] if quoted else [])]
-    for row, note in zip(rows, missing, strict=True):
-        texts = [row["label"] + note, *([row["column"]] if columns else [])]
-        texts += [spread_text(spread(row, key)) for key in record["figures"]]
-        texts.append("" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f"))
-        if quoted:
-            texts.append("" if row["quoted"] is None else percent(row["quoted"]))
-        table.append(texts)
-    return table
+    table = {
+        grid.rows_title: [row["label"] + note for row, note in zip(rows, missing, strict=True)]
+    }
+    if grid.columns:
+        table[grid.columns_title] = [row["column"] for row in rows]
+    for key in record["figures"]:
+        heading = group_word(key).replace("_", " ")
+        table[heading] = [spread_text(spread(row, key)) for row in rows]
+    others = [spread_text(spread(row, "all", rows[0]), "+.1f") for row in rows[1:]]
+    table["all, to the first row"] = ["", *others]
+    if record["quoted_from"]:
+        quoted = [row["quoted"] for row in rows]
+        table["quoted"] = ["" if value is None else percent(value) for value in quoted]
+    return [[*table], *map(list, zip(*table.values(), strict=True))]
 
 
 def spread(row: Mapping[str, Any], key: str, minus: Mapping[str, Any] | None = None) -> Spread:

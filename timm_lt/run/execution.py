@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -200,10 +199,7 @@ def _fit_on_features(run: Run, kind: str, **options: Any) -> Head:
 
 def _fit_joint(run: Run) -> None:
     """Gives a model whose classifier is for other classes one for these: a linear probe."""
-    log.info(
-        "%s has no classifier for these %d classes: one is fitted first",
-        *(run.recipe.model.name, run.splits.num_classes),
-    )
+    log.info("%s has no classifier for these classes: one is fitted first", run.recipe.model.name)
     started = time.perf_counter()
     fitted = _fit_on_features(run, "linear") if run.accelerator.is_main_process else None
     head: Head = broadcast_object_list([fitted])[0]
@@ -283,37 +279,32 @@ def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
 
 def save(run: Run) -> None:
     """Writes the checkpoint, tables, plots, the model card, the report and the metrics."""
-    if not run.accelerator.is_main_process or run.folder is None:
+    folder, recipe, splits, reports = run.folder, run.recipe, run.splits, run.reports
+    if not run.accelerator.is_main_process or folder is None:
         return
     cure = "the training state is complete: make room and go on with --resume"
     with user_errors("the results cannot be written", cure=cure):
-        _write(run, run.folder)
+        save_checkpoint(
+            folder,
+            run.model,
+            heads=run.heads,
+            class_counts=splits.class_counts,
+            metrics={name: report.summary() for name, report in reports.items()},
+            label_names=splits.label_names,
+            dataset=recipe.data.title,
+            shot_rule=recipe.shot_rule,
+            protocol=recipe.protocol,
+            seed=recipe.seed,
+            background=splits.background,
+        )
+        rows = metrics.compare_per_class(reports, splits.class_counts, splits.label_names)
+        metrics.write_per_class(folder / PER_CLASS, rows)
+        report = _report(run)
+        save_plots(folder / PLOTS, report)
+        write_card(folder, name=run.name)
+        write_report(folder / REPORT, report)
         # Last: a folder with metrics is a finished run.
-        write_json(run.folder / METRICS, _metrics(run))
-
-
-def _write(run: Run, folder: Path) -> None:
-    recipe, splits, counts = run.recipe, run.splits, run.splits.class_counts
-    save_checkpoint(
-        folder,
-        run.model,
-        heads=run.heads,
-        class_counts=counts,
-        metrics={name: report.summary() for name, report in run.reports.items()},
-        label_names=splits.label_names,
-        dataset=recipe.data.title,
-        shot_rule=recipe.shot_rule,
-        protocol=recipe.protocol,
-        seed=recipe.seed,
-        background=splits.background,
-    )
-    metrics.write_per_class(
-        folder / PER_CLASS, metrics.compare_per_class(run.reports, counts, splits.label_names)
-    )
-    report = _report(run)
-    save_plots(folder / PLOTS, report)
-    write_card(folder, name=run.name)
-    write_report(folder / REPORT, report)
+        write_json(folder / METRICS, _metrics(run))
 
 
 def _report(run: Run) -> Report:

@@ -49,8 +49,7 @@ def load_recipe(path: Path) -> Recipe:
             f"timm.create_model({path.stem!r}, pretrained=True)"
         )
     with prefixed(f"recipe {path}"):
-        recipe: Recipe = parse_values(Recipe, values)
-    return recipe
+        return parse_values(Recipe, values)
 
 
 def parse_values(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:

@@ -183,10 +183,6 @@ class MixupRecipe(_Part):
     options: dict[str, Any] = field(default_factory=dict)
     """More arguments of timm.data.Mixup, e.g. prob, switch_prob, mode."""
 
-    def mixes(self) -> bool:
-        """Returns whether images are mixed at all."""
-        return bool(self.mixup_alpha or self.cutmix_alpha or self.options.get("cutmix_minmax"))
-
 
 @dataclass(frozen=True)
 class EmaRecipe(_Part):
@@ -274,6 +270,7 @@ class Recipe:
         if self.objective is not None:
             check_choice("objective", self.objective, OBJECTIVES)
         model, file, mixup = self.model, self.model.checkpoint, self.mixup
+        mixes = mixup.mixup_alpha or mixup.cutmix_alpha or mixup.options.get("cutmix_minmax")
         weights, plain = model.pretrained or file, self.data.augmentation == "none"
         if self.epochs == 0 and not weights:
             raise UsageError("epochs 0 needs the weights of model.pretrained or model.checkpoint")
@@ -281,7 +278,7 @@ class Recipe:
             ("model.fresh_classifier", model.fresh_classifier and not weights, "without weights"),
             ("model.checkpoint_key", model.checkpoint_key and not file, "without a checkpoint"),
             ("model.pretrained", model.pretrained and file, "with model.checkpoint"),
-            ("mixup.off_epoch", mixup.off_epoch and not mixup.mixes(), "without mixup or cutmix"),
+            ("mixup.off_epoch", mixup.off_epoch and not mixes, "without mixup or cutmix"),
             ("features.views", self.features.views and plain, "without augmentation"),
         ):
             if is_useless:

@@ -29,9 +29,9 @@ from timm_lt.run.network import (
     TIMM,
     create_images,
     create_network,
+    draw_classifier,
     has_classifier,
     match_data,
-    start_network,
 )
 from timm_lt.run.recipe import Recipe, RunOptions, Stage, head_kind, prefixed, stage_heads
 from timm_lt.samplers import SAMPLERS, create_sampler
@@ -41,6 +41,7 @@ from timm_lt.training import (
     RepresentationTrainer,
     TrainingOptions,
     check_model,
+    start_classifier,
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.utils.checks import UsageError, check_choice
@@ -210,10 +211,7 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
     if splits is not None and recipe.objective == "few_shot":
         few = shot_groups(splits.class_counts, rule)["few_shot"]
         if not few[splits.labels["val"]].any():
-            raise UsageError(
-                "objective few_shot: the data have no few-shot class; take class_mean, or "
-                "worst_class"
-            )
+            raise UsageError("objective few_shot: the data have no few-shot class; take class_mean")
 
 
 def create_trainer(run: Run) -> RepresentationTrainer:
@@ -232,7 +230,10 @@ def create_trainer(run: Run) -> RepresentationTrainer:
         own = seed if "seed" in signature(LOSSES[recipe.loss.name]).parameters else {}
         loss = create_loss(class_counts=counts, reduction="mean", **own | options)
     if not run.joint:
-        start_network(recipe, loss, run.model, splits.num_classes)
+        # A classifier for other classes starts anew, as the loss wants it.
+        if recipe.model.pretrained:
+            draw_classifier(recipe, run.model)
+        start_classifier(loss, run.model, splits.num_classes)
     return RepresentationTrainer(
         run.model,
         run.images["train"],
