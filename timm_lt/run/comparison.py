@@ -156,10 +156,7 @@ def make_runs(
     seeds: Sequence[int],
     given: Sequence[str] = (),
 ) -> list[Run]:
-    """Creates the runs that some rows need, each after its source, and checks them without data.
-
-    ``given`` are the keys of ``base``, the shared recipe, that the command line has changed.
-    """
+    """Creates and checks the runs that some rows need; ``given`` keys of ``base`` are options."""
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
     results = folder / RESULTS
@@ -310,7 +307,7 @@ def measure(
             if run.representation == row.representation
         }
         records.append({**vars(row), "by_seed": by_seed})
-    one: Mapping[str, Any] = measured[0][1] if measured else {}
+    one = measured[0][1] if measured else {}
     quoted = any(row.quoted is not None for row in rows)
     return {
         "title": f"{grid.title}, test {grid.metric} in percent",
@@ -354,13 +351,9 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
     """Returns the texts of the table, headings first: a matrix, or shot groups by row."""
-    rows, seeds = record["rows"], record["seeds"]
-    missing = [
-        f" ({len(row['by_seed'])} of {len(seeds)} seeds)"
-        if len(row["by_seed"]) < len(seeds)
-        else ""
-        for row in rows
-    ]
+    rows, seeds = record["rows"], len(record["seeds"])
+    finished = [len(row["by_seed"]) for row in rows]
+    missing = [f" ({number} of {seeds} seeds)" if number < seeds else "" for number in finished]
     if grid.columns and not grid.plot:
         lines = {row["label"]: [row["label"], *([""] * len(grid.columns))] for row in rows}
         for row, note in zip(rows, missing, strict=True):
@@ -369,9 +362,8 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
             texts = lines[row["label"]]
             texts[1 + grid.columns.index(row["column"])] = spread_text((mean, sd)) + note
         return [[f"{grid.rows_title} / {grid.columns_title}", *grid.columns], *lines.values()]
-    table = {
-        grid.rows_title: [row["label"] + note for row, note in zip(rows, missing, strict=True)]
-    }
+    labels = [row["label"] + note for row, note in zip(rows, missing, strict=True)]
+    table = {grid.rows_title: labels}
     if grid.columns:
         table[grid.columns_title] = [row["column"] for row in rows]
     for key in record["figures"]:

@@ -84,6 +84,7 @@ def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | N
     Raises:
         UsageError: For any mistake in the recipe, the data or the folder.
     """
+    start_logging(quiet=options.quiet or process_rank() > 0, verbose=options.verbose)
     folder = options.folder(name)
     check_run_folder(folder, recipe, resume=options.resume, overwrite=options.overwrite)
     if options.push_to_hub is not None:
@@ -91,7 +92,6 @@ def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | N
     elif options.private or options.license is not None:
         raise UsageError("--private and --license only apply with --push_to_hub NAMESPACE/NAME")
     if options.resume and (folder / METRICS).is_file():
-        start_logging(quiet=options.quiet or process_rank() > 0, verbose=options.verbose)
         yield None
         return
     run = create_run(name, folder, recipe, options)
@@ -377,10 +377,10 @@ def show(name: str, options: RunOptions) -> None:
     if process_rank() > 0:
         return
     folder = options.folder(name)
-    written = read_json(folder / METRICS)
     if options.json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
     else:
+        written = read_json(folder / METRICS)
         heads, seconds = written["heads"], written["seconds"]
         reports = {head: metrics.ShotReport.from_dict(found) for head, found in heads.items()}
         table = shot_table(

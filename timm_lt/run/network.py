@@ -216,10 +216,7 @@ def _order_of_weights(
 
 
 def _clearly_better(labels: Tensor, hits: Mapping[ClassOrder, Tensor]) -> ClassOrder | None:
-    """Returns the order in which clearly more images (N,) are right, each class counting the same.
-
-    A constant prediction is as good in one as in the other.
-    """
+    """Returns the order in which clearly more images (N,) are right; classes count the same."""
     _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
     shares = (hits["timm"].double() - hits["sorted"].double()) / counts[classes] / len(counts)
     difference, spread = float(shares.sum()), float(shares.square().sum().sqrt())

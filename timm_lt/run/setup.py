@@ -45,7 +45,7 @@ from timm_lt.training import (
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.utils.checks import UsageError, check_choice
-from timm_lt.utils.console import log, progress, start_logging
+from timm_lt.utils.console import log, progress
 from timm_lt.utils.longtail import shot_groups
 
 
@@ -138,7 +138,6 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         folder=folder / LOGS,
     )
     set_cpu_threads(options.threads)
-    start_logging(quiet=options.quiet or not accelerator.is_main_process, verbose=options.verbose)
     started = time.perf_counter()
     with progress(f"loading {recipe.data.name}", None):
         splits = load_splits(recipe)
@@ -234,15 +233,9 @@ def create_trainer(run: Run) -> RepresentationTrainer:
         if recipe.model.pretrained:
             draw_classifier(recipe, run.model)
         start_classifier(loss, run.model, splits.num_classes)
+    train, val, training = run.images["train"], run.images["val"], training_options(recipe)
     return RepresentationTrainer(
-        run.model,
-        run.images["train"],
-        sampler,
-        loss,
-        training_options(recipe),
-        run.accelerator,
-        run.images["val"],
-        counts,
+        run.model, train, sampler, loss, training, run.accelerator, val, counts
     )
 
 
