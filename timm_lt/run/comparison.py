@@ -156,7 +156,7 @@ def make_runs(
     seeds: Sequence[int],
     given: Sequence[str] = (),
 ) -> list[Run]:
-    """Creates and checks the runs that some rows need; ``given`` keys of ``base`` are options."""
+    """Creates and checks the runs of some rows; ``given`` are keys set on the command line."""
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
     results = folder / RESULTS
@@ -202,13 +202,10 @@ def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe
         if key.startswith(("seed", "heads", *changes)):
             raise UsageError(f"--{key} is set by the grid (seeds by --seeds); remove it")
     recipe = parse_values(Recipe, values)
-    known = {**base.heads, **grid.heads}
-    heads = [JOINT, *(row.head for row in grid.rows if row.representation == name)]
-    return replace(
-        recipe,
-        heads={head: dict(known.get(head, {})) for head in heads},
-        optimizer=replace(recipe.optimizer, lr=recipe.optimizer.lr * factor),
-    )
+    optimizer = replace(recipe.optimizer, lr=recipe.optimizer.lr * factor)
+    names = [JOINT, *(row.head for row in grid.rows if row.representation == name)]
+    heads = {head: {**base.heads, **grid.heads}.get(head, {}) for head in names}
+    return replace(recipe, heads=heads, optimizer=optimizer)
 
 
 def _try_out(recipe: Recipe) -> None:

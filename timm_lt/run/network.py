@@ -31,6 +31,7 @@ from timm_lt.models.repo import LOCAL_DIR
 from timm_lt.models.weights_file import classes_of_file, create_from_file, read_weights
 from timm_lt.run.recipe import ClassOrder, ModelRecipe, Recipe, prefixed
 from timm_lt.samplers import create_sampler
+from timm_lt.training import start_classifier
 from timm_lt.utils.accelerator import available_cores, temporary_accelerator
 from timm_lt.utils.checks import Problems, UsageError, check_choice, check_integer, shown_names
 from timm_lt.utils.console import log
@@ -64,7 +65,7 @@ def create_network(recipe: Recipe, num_classes: int) -> nn.Module:
     if head is not None:
         set_head(model, head, **ours)
     if given.fresh_classifier:
-        draw_classifier(recipe, model)
+        _draw_classifier(recipe, model)
     return model
 
 
@@ -79,8 +80,14 @@ def _new_head(given: ModelRecipe) -> tuple[str | None, dict[str, Any], dict[str,
     return head, ours, {key: value for key, value in theirs.items() if key != "head"}
 
 
-def draw_classifier(recipe: Recipe, model: nn.Module) -> None:
-    """Draws the weights of the classifier from the recipe's seed."""
+def start_network(recipe: Recipe, loss: nn.Module, model: nn.Module, num_classes: int) -> None:
+    """Initializes a classifier that is not for the classes of the data, as the loss wants it."""
+    if recipe.model.pretrained:
+        _draw_classifier(recipe, model)
+    start_classifier(loss, model, num_classes)
+
+
+def _draw_classifier(recipe: Recipe, model: nn.Module) -> None:
     # The same bits, whatever was drawn while the model was created.
     torch.manual_seed(recipe.seed)
     for classifier in find_classifiers(model).values():
@@ -133,12 +140,7 @@ def has_classifier(given: ModelRecipe, model: nn.Module, num_classes: int) -> bo
 
 
 def match_data(
-    recipe: Recipe,
-    splits: Splits,
-    model: nn.Module,
-    *,
-    kept: bool,
-    named: nn.Module | None = None,
+    recipe: Recipe, splits: Splits, model: nn.Module, *, kept: bool, named: nn.Module | None = None
 ) -> tuple[Splits, bool]:
     """Fits the background and the class order of the data to a model.
 

@@ -29,9 +29,9 @@ from timm_lt.run.network import (
     TIMM,
     create_images,
     create_network,
-    draw_classifier,
     has_classifier,
     match_data,
+    start_network,
 )
 from timm_lt.run.recipe import Recipe, RunOptions, Stage, head_kind, prefixed, stage_heads
 from timm_lt.samplers import SAMPLERS, create_sampler
@@ -41,7 +41,6 @@ from timm_lt.training import (
     RepresentationTrainer,
     TrainingOptions,
     check_model,
-    start_classifier,
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
 from timm_lt.utils.checks import UsageError, check_choice
@@ -229,10 +228,7 @@ def create_trainer(run: Run) -> RepresentationTrainer:
         own = seed if "seed" in signature(LOSSES[recipe.loss.name]).parameters else {}
         loss = create_loss(class_counts=counts, reduction="mean", **own | options)
     if not run.joint:
-        # A classifier for other classes starts anew, as the loss wants it.
-        if recipe.model.pretrained:
-            draw_classifier(recipe, run.model)
-        start_classifier(loss, run.model, splits.num_classes)
+        start_network(recipe, loss, run.model, splits.num_classes)
     train, val, training = run.images["train"], run.images["val"], training_options(recipe)
     return RepresentationTrainer(
         run.model, train, sampler, loss, training, run.accelerator, val, counts
