@@ -45,7 +45,7 @@ def own_accelerator():
 
 
 SNAPSHOTS = """
-import logging, multiprocessing, os, random, signal, sys, threading, warnings
+import logging, os, random, sys, threading, warnings
 import matplotlib, numpy as np, timm, torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import ImageFile
@@ -67,8 +67,6 @@ def snapshot():
         "accelerate": [dict(kind._shared_state) for kind in states],
         "environment": (dict(os.environ), os.getcwd(), sys.path[:], sys.argv[:]),
         "threads": (torch.get_num_threads(), threading.enumerate()),
-        "start method": multiprocessing.get_start_method(allow_none=True),
-        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
         "logging": [(log.level, log.handlers[:], log.propagate) for log in loggers],
         "warnings": (warnings.filters[:], ImageFile.LOAD_TRUNCATED_IMAGES),
         "matplotlib": {key: str(matplotlib.rcParams._get(key)) for key in matplotlib.rcParams},
@@ -152,7 +150,7 @@ def test_runs_of_two_precisions_in_one_process(monkeypatch):
         found.append(create_accelerator(mixed_precision=recipe.mixed_precision).mixed_precision)
         raise timm_lt.UsageError("stop")
 
-    monkeypatch.setattr(train_lt, "open_run", open_run)
+    monkeypatch.setattr(train_lt.lt, "open_run", open_run)
     runs = [["resnet18.folder", "--mixed_precision", precision] for precision in ("no", "bf16")]
     assert [train_lt.main(arguments) for arguments in runs] == [2, 2]
     assert found == ["no", "bf16"]

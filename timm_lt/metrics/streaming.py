@@ -48,11 +48,9 @@ def check_logits(logits: object, num_images: int, num_classes: int) -> None:
         if isinstance(logits, Tensor):
             found = f"{tuple(logits.shape)} of {logits.dtype}"
         raise UsageError(f"logits must be a floating-point tensor (N, C) = {shape}, got {found}")
-    # The sum of a row is finite unless a logit is not, or the row overflows.
-    suspects = (~logits.sum(1).isfinite()).nonzero().flatten()
-    wrong: list[int] = suspects[~logits[suspects].isfinite().all(1)].tolist()
-    if wrong:
-        raise UsageError(f"logits must be finite: row {wrong[0]} is not")
+    finite = logits.isfinite().all(1)
+    if not finite.all():
+        raise UsageError(f"logits must be finite: row {int(finite.int().argmin())} is not")
 
 
 def judge(logits: Tensor, targets: Tensor) -> Outcomes:
