@@ -1,14 +1,14 @@
 """Long-tailed subsets of balanced data sets, and manifests to compare them by."""
 
-from collections.abc import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
 from timm_lt.utils.checks import UsageError, check_integer, shown_names
 from timm_lt.utils.console import one_line
+from timm_lt.utils.files import sha256
 from timm_lt.utils.longtail import Labels, Profile, check_labels, class_counts, long_tailed_counts
 
 from .given import dataset_labels
@@ -140,4 +140,4 @@ def manifest_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) 
 
 
 def _digest(values: Labels) -> str:
-    return hashlib.sha256(np.asarray(values, "<i8").tobytes()).hexdigest()
+    return sha256(np.asarray(values, "<i8").tobytes())

@@ -5,7 +5,6 @@ For the weights, timm would cache a URL under its last part, which two published
 read a local pickle whatever it holds, and would ask an unreachable Hub for a pickle as well.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from timm_lt.models.repo import Repo
 from timm_lt.models.weights_file import Weights, read_weights
 from timm_lt.utils.checks import UsageError, unknown_name, user_errors
 from timm_lt.utils.console import console, log
-from timm_lt.utils.files import read_yaml
+from timm_lt.utils.files import read_yaml, sha256
 
 T = TypeVar("T")
 PUBLISHED_BLOCK = "published"
@@ -113,7 +112,7 @@ def cached_name(url: str) -> str:
     '1b5702488603d1d6-resnet50.pth'
     """
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", urlsplit(url).path.rpartition("/")[2])
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{readable[-100:]}"
+    return f"{sha256(url.encode())[:16]}-{readable[-100:]}"
 
 
 def read_url(url: str, read: Callable[[Path], T], cache_dir: str | Path | None = None) -> T:

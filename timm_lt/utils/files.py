@@ -141,6 +141,11 @@ def yaml_text(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def sha256(data: bytes) -> str:
+    """Returns the SHA-256 digest as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 digest of a file as hexadecimal digits."""
     with path.open("rb") as file:
