@@ -92,16 +92,13 @@ def __dir__() -> list[str]:
 
 
 def _is_command_line() -> bool:
-    """Returns whether ``timm-lt`` or ``python -m timm_lt`` is starting.
-
-    The commands that need :mod:`timm_lt.models` import it, which registers the architectures:
-    ``timm-lt --help`` should not wait for torch and timm.
-    """
+    """Returns whether ``timm-lt`` or ``python -m timm_lt`` is starting."""
     program = Path(sys.argv[0] if sys.argv else "").stem
     # sys.argv[0] is "-m" until Python has found the module to run, which another package may be.
     is_module = ("-m", __name__) in itertools.pairwise(sys.orig_argv)
     return program == "timm-lt" or (program == "-m" and is_module)
 
 
+# ``timm-lt --help`` should not wait for torch and timm.
 if not _is_command_line():
     importlib.import_module(f"{__name__}.models")

@@ -40,7 +40,7 @@ def registry():
 
 def test_a_registry_creates_its_parts_in_the_order_of_registration(registry):
     assert list(registry) == ["plain", "fancy", "open"]
-    assert (len(registry), "fancy" in registry, "none" in registry) == (3, True, False)
+    assert ("fancy" in registry, "none" in registry) == (True, False)
     part = object()
     assert registry.register("seven")(part) is part is registry["seven"]
     fancy = registry.create("fancy", 3, beta=0.5)

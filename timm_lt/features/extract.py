@@ -184,11 +184,10 @@ def extract_features(
     The model runs in evaluation mode without gradients, and is afterwards as it was before.
 
     With ``cache_dir`` the features are written to NumPy files batch by batch and mapped from them,
-    so memory holds one batch. The files are named by a digest of the backbone (not of the
-    classifier), of the samples in their order with their transform, and of the options; batch size,
-    processes and workers do not count. Finished files are opened without running the model. Files
-    of a killed process are continued after the last whole batch, if batch size and number of
-    processes are the same. A second process that asks for the same features waits for the first.
+    so memory holds one batch. The files are named by a digest of the backbone (not the classifier),
+    the samples in their order with their transform, and the options. Finished files are opened
+    without running the model. Files of a killed process are continued after the last whole batch,
+    if batch size and number of processes are the same; a second process waits for the first.
 
     Args:
         model: A timm model with a classifier, which may be wrapped in DistributedDataParallel,
@@ -281,22 +280,19 @@ class _Extraction:
 
     def in_memory(self) -> Features:
         """Returns the features in memory."""
-        values, targets = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+        values, targets = torch.empty(0, 0, dtype=self.dtype), [torch.empty(0, dtype=torch.int64)]
         rows = images = 0
         with closing(self._batches()) as batches:
             for part, labels, _, number in batches:
-                end, width = rows + len(part), part.shape[1]
-                if not images:
-                    values = torch.empty(self.num_images or end, width, dtype=self.dtype)
-                    targets = targets.resize_(len(values))
+                end = rows + len(part)
                 if end > len(values):
-                    # Doubled, so that each row is copied about once.
-                    values.resize_(2 * end, width)
-                    targets.resize_(2 * end)
-                values[rows:end], targets[rows:end] = part, labels
+                    # Doubled if the number is unknown, so that each row is copied about once.
+                    values.resize_(max(2 * rows, self.num_images or 0, end), part.shape[1])
+                values[rows:end] = part
+                targets.append(labels)
                 rows, images = end, images + number
-        check_views(targets[:rows], self.views, images, self.num_images)
-        return Features.from_checked(values[:rows], targets[:rows], self.views)
+        check_views(torch.cat(targets), self.views, images, self.num_images)
+        return Features.from_checked(values[:rows], torch.cat(targets), self.views)
 
     def cached(self, folder: Path, key: str | None) -> Features:
         """Returns the features of a cache; without them, all processes make them together."""
@@ -458,7 +454,7 @@ class FeatureTap:
         self._classifier = find_classifiers(model)[chosen_classifier(model, classifier)]
         self._taken: Tensor | None = None
         # Not forward_head(pre_logits=True): for some architectures that is not the input.
-        self._hook = self._classifier.register_forward_pre_hook(self._take)
+        self.hook = self._classifier.register_forward_pre_hook(self._take)
 
     def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._taken = inputs[0]
@@ -480,10 +476,6 @@ class FeatureTap:
                 f"but {type(self._model).__name__} {found}"
             )
         return taken
-
-    def remove(self) -> None:
-        """Removes the hook from the model."""
-        self._hook.remove()
 
 
 @contextmanager
@@ -510,7 +502,7 @@ def backbone(
     with ExitStack() as stack:
         _prepare(model, stack, low=low)
         tap = FeatureTap(model, classifier, ends=True)
-        stack.callback(tap.remove)
+        stack.callback(tap.hook.remove)
         # Off also for the caller's autocast; within it, weights are cast once, not per batch.
         stack.enter_context(autocast(enabled=False))
         yield features

@@ -243,13 +243,11 @@ class ShotMetrics:
             )
         of_groups = self._bins.view(3, len(self._groups), ECE_BINS)
         bins = _describe_bins(of_groups.sum(1))
+        errors = [_bin_error(_describe_bins(sums)) for sums in of_groups.unbind(1)]
         return {
             "top5": int(self._counts[3].sum()) / images,
             "ece": _bin_error(bins),
-            "ece_per_group": {
-                name: _bin_error(_describe_bins(of_groups[:, k]))
-                for k, name in enumerate(self._group_names)
-            },
+            "ece_per_group": dict(zip(self._group_names, errors, strict=True)),
             "reliability": bins,
         }
 
@@ -336,10 +334,8 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> lis
     valid = (confidences >= 0) & (confidences <= 1) & ((right == 0) | (right == 1))
     if not valid.all():
         row = int((~valid).nonzero()[0])
-        raise UsageError(
-            f"confidences must be in [0, 1] and right 0 or 1; row {row} has "
-            f"{confidences[row].item()} and {right[row].item()}"
-        )
+        found = f"row {row} has {confidences[row].item()} and {right[row].item()}"
+        raise UsageError(f"confidences must be in [0, 1] and right 0 or 1; {found}")
     return _describe_bins(bin_sums(confidences, right, 0, bins, bins))
 
 
