@@ -280,19 +280,22 @@ class _Extraction:
 
     def in_memory(self) -> Features:
         """Returns the features in memory."""
-        values, targets = torch.empty(0, 0, dtype=self.dtype), [torch.empty(0, dtype=torch.int64)]
+        values, targets = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
         rows = images = 0
         with closing(self._batches()) as batches:
             for part, labels, _, number in batches:
-                end = rows + len(part)
+                end, width = rows + len(part), part.shape[1]
+                if not images:
+                    values = torch.empty(self.num_images or end, width, dtype=self.dtype)
+                    targets = targets.resize_(len(values))
                 if end > len(values):
-                    # Doubled if the number is unknown, so that each row is copied about once.
-                    values.resize_(max(2 * rows, self.num_images or 0, end), part.shape[1])
-                values[rows:end] = part
-                targets.append(labels)
+                    # Doubled, so that each row is copied about once.
+                    values.resize_(2 * end, width)
+                    targets.resize_(2 * end)
+                values[rows:end], targets[rows:end] = part, labels
                 rows, images = end, images + number
-        check_views(torch.cat(targets), self.views, images, self.num_images)
-        return Features.from_checked(values[:rows], torch.cat(targets), self.views)
+        check_views(targets[:rows], self.views, images, self.num_images)
+        return Features.from_checked(values[:rows], targets[:rows], self.views)
 
     def cached(self, folder: Path, key: str | None) -> Features:
         """Returns the features of a cache; without them, all processes make them together."""
