@@ -409,6 +409,11 @@ class Handler(BaseHTTPRequestHandler):
         if fault.corrupt and body and self.command != "HEAD":
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if asked and reply.path and self.command == "GET":
+            start, end = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
+            status, headers["Content-Range"] = 206, f"bytes {start}-{end}/{len(body)}"
+            body = body[start : end + 1]
         headers |= {"Content-Length": len(body)} | fault.headers
         if reply.path and self.command == "GET":
             self.hub.fetched.append(reply.path)
@@ -570,7 +575,7 @@ class Handler(BaseHTTPRequestHandler):
         if path not in commit.blobs:
             raise RefusedError(404, "Entry not found", "EntryNotFound", headers=headers)
         blob = commit.blobs[path]
-        headers["ETag"] = f'"{blob.etag}"'
+        headers |= {"ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
         if blob.lfs:
             headers |= {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": len(blob.content)}
         return Reply(blob.content, headers=headers, path=path)

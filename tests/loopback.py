@@ -7,11 +7,16 @@ from unittest import mock
 
 
 class FileServer:
-    """Serves ``files``, path -> bytes, while its ``with`` block runs; lists requested paths."""
+    """Serves ``files``, path -> bytes, while its ``with`` block runs.
+
+    ``requests`` lists the requested paths. ``status`` other than 200 is sent without a body, and
+    ``cut`` closes the connection after that many bytes of a body.
+    """
 
     def __init__(self, files):
         self.files = dict(files)
         self.requests = []
+        self.status, self.cut = 200, None
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"files": self})
@@ -40,10 +45,11 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.files
         server.requests.append(self.path)
         content = server.files.get(self.path)
-        self.send_response(404 if content is None else 200)
-        self.send_header("Content-Length", str(len(content or b"")))
+        self.send_response(404 if content is None else server.status)
+        content = content if content is not None and server.status == 200 else b""
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content or b"")
+        self.wfile.write(content[: server.cut])
 
     def log_message(self, *_):
         pass

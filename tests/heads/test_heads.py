@@ -138,6 +138,28 @@ def test_a_head_that_needs_a_fit_raises_until_it_is_fitted(name, features):
     assert head(features).isfinite().all()
 
 
+@every_head
+@torch.no_grad()
+def test_a_low_rank_update_can_be_merged_into_heads_with_unchanged_weights(name, features):
+    head, update = usable(name), torch.randn(4, 2) @ torch.randn(2, 6)
+    trained = head(features) + features @ update.T
+    head.weight += update
+    same = torch.allclose(head(features), trained, atol=1e-4)
+    # As docs/choose-a-head.md says of LoRA.
+    assert same == (name in ("linear", "crt", "logit_adjusted"))
+
+
+@every_head
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_has_the_logits_up_to_rounding(name, dtype, features):
+    head, x = usable(name).to(dtype), features.to(dtype)
+    exact = copy.deepcopy(head).double()(x.double())
+    found = head(x)
+    assert found.dtype is dtype
+    assert (found.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("name", [name for name in list_heads() if name not in ("oltr", "crt")])
 def test_torch_export_keeps_the_logits(name, features):
     head = usable(name)

@@ -164,6 +164,7 @@ def test_names_by_label_are_read_as_timm_writes_them(tmp_path):
     save_for_hf(timms(3), tmp_path / "m", model_config=by_label, safe_serialization=True)
     model = timm_lt.create_model(str(tmp_path / "m"))
     assert label_names(model) == ["class 0", "class 1", "class 2"]
+    assert timm_lt.create_model(tmp_path / "m", num_classes=0).num_classes == 0
     assert label_names(timms(3, label_names={1: "a", 2: "b", 3: "c"})) is None
 
 

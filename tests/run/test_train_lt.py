@@ -179,7 +179,7 @@ MISTAKES = [
     (["--heads", "{'tau_nrom': {}}"], ["did you mean 'tau_norm'", "lws"]),
     (["--heads", "{ncm: {}, auto: {tau: 1}}"], ["auto", "takes no options"]),
     (["--heads.tau_norm.tau", "-1"], ["tau", "[0, inf)", "-1"]),
-    (["--heads.fslwf.base", "1"], ["'fslwf' has no novel class: 10 of 10"]),
+    (["--heads.fslwf.base", "1"], ["'fslwf' needs two base classes and a novel one: 10 of 10"]),
     (["--heads.lws", "{stage: image}"], ["stage of head 'lws'", "features, images"]),
     (["--heads", "{ncm: {kind: crt}}"], ["'ncm' is a 'crt' head, but 'ncm' is the name of"]),
     (["--heads", "{../mine: {kind: crt}}"], ["ASCII letters"]),

@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_lt
-import train_lt
 from timm_lt.utils.accelerator import (
     create_accelerator,
     default_device,
+    fresh_accelerate,
     process_rank,
     set_cpu_threads,
     temporary_accelerator,
@@ -142,18 +142,10 @@ def test_the_callers_accelerator_goes_on_as_before(own_accelerator):
     assert torch.equal(found.model(IMAGES), plain(IMAGES))
 
 
-def test_runs_of_two_precisions_in_one_process(monkeypatch):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    found = []
-
-    def open_run(_name, recipe, _options):
-        found.append(create_accelerator(mixed_precision=recipe.mixed_precision).mixed_precision)
-        raise timm_lt.UsageError("stop")
-
-    monkeypatch.setattr(train_lt.lt, "open_run", open_run)
-    runs = [["resnet18.folder", "--mixed_precision", precision] for precision in ("no", "bf16")]
-    assert [train_lt.main(arguments) for arguments in runs] == [2, 2]
-    assert found == ["no", "bf16"]
+def test_two_precisions_in_one_process():
+    for precision in ("no", "bf16"):
+        with fresh_accelerate():
+            assert create_accelerator(mixed_precision=precision).mixed_precision == precision
     assert not AcceleratorState._shared_state
 
 

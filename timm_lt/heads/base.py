@@ -8,7 +8,8 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, MutableMapping
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,9 @@ def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
 PLAIN = (Tensor, nn.Parameter)
 
 
-class _Cached(NamedTuple):
+# Not a tuple, which TorchScript would take for an attribute to compile.
+@dataclass(frozen=True, eq=False)
+class _Cached:
     """Effective weights, and the state that they were computed from."""
 
     state: tuple[Tensor, ...]

@@ -139,9 +139,8 @@ def split_options(
     head: str | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keyword arguments into those of the head and the others."""
-    ours = {
-        key: options[key] for key in (head_option_names(head) if head else []) if key in options
-    }
+    names = head_option_names(head) if head else []
+    ours = {key: options[key] for key in names if key in options}
     return ours, {key: value for key, value in options.items() if key not in ours}
 
 
@@ -164,10 +163,13 @@ def _create_from_folder(
         raise load_error(folder, error) from error
     if info is not None:
         model.__dict__[BACKGROUND] = info.background
-        return model if head is None else set_head(model, load_heads(folder, head, model, **ours))
-    for new in get_heads(model if head is None else set_head(model, head, **ours)).values():
-        if isinstance(new, Head):
-            new.check_fitted()
+    if head is None:
+        return model
+    if info is not None:
+        return set_head(model, load_heads(folder, head, model, **ours))
+    for new in get_heads(set_head(model, head, **ours)).values():
+        assert isinstance(new, Head)
+        new.check_fitted()
     return model
 
 

@@ -248,7 +248,7 @@ class RepresentationTrainer:
             bar = stack.enter_context(progress("training", epochs * self.updates, unit="updates"))
             stack.enter_context(means_over_processes(self.loss))
             if self._tap is not None:
-                stack.callback(self._tap.remove)
+                stack.callback(self._tap.hook.remove)
             advance(bar, len(history) * self.updates)
             for epoch in range(len(history), epochs):
                 history.append(self._epoch(epoch, bar))
