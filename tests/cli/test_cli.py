@@ -59,7 +59,7 @@ def test_the_package_has_the_names_that_type_checkers_see():
     tree = ast.parse(Path(timm_lt.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names = {a.name: i.module for i in imports if i.module.startswith("timm_lt.") for a in i.names}
-    assert {name for many in timm_lt._EXPORTS.values() for name in many} == set(names)
+    assert set(timm_lt._MODULES) == set(names)
     for name, module in names.items():
         assert getattr(timm_lt, name) is getattr(sys.modules[module], name)
         assert name in dir(timm_lt)

@@ -26,8 +26,8 @@ from timm_lt.utils.checks import (
     Registry,
     UsageError,
     check_choice,
+    check_fields,
     check_integer,
-    check_literals,
     check_mapping,
     check_number,
     check_options,
@@ -152,7 +152,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         owner, options = f"head {self.name!r}", vars(self)
-        check_literals(owner, type(self), options)
+        check_fields(self, owner)
         chosen = {field.name for field in fields(self) if field.default is None}
         given = {k: value for k, value in options.items() if value is not None or k not in chosen}
         for key in RANGES.keys() & given:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +52,7 @@ from timm_lt.training.state import (
     log_epoch,
 )
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, check_integer, check_literals, check_number
+from timm_lt.utils.checks import UsageError, check_fields
 from timm_lt.utils.console import advance, log, progress
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
@@ -95,29 +95,24 @@ class TrainingOptions:
         UsageError: If a number is out of range, a choice is unknown, or an option has no effect.
     """
 
-    epochs: int
-    batch_size: int = 128
+    epochs: Annotated[int, 1]
+    batch_size: Annotated[int, 1] = 128
     optimizer: Mapping[str, Any] = field(default_factory=lambda: {"opt": "sgd", "lr": 0.1})
     scheduler: Mapping[str, Any] = field(default_factory=dict)
-    clip_grad: float | None = None
+    clip_grad: Annotated[float, "(0, inf)"] | None = None
     clip_mode: ClipMode = "norm"
-    max_norm: float | None = None
+    max_norm: Annotated[float, "(0, inf)"] | None = None
     mixup: Mapping[str, Any] | None = None
     mixup_off_epoch: int | None = None
     ema: Mapping[str, Any] | None = None
-    validate_every: int = 1
+    validate_every: Annotated[int, 1] = 1
     keep: Keep = "best"
     trained: Sequence[str] | None = None
     bn: BatchNorm = "frozen"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validate_every"):
-            check_integer(name, getattr(self, name), minimum=1)
-        for name in ("clip_grad", "max_norm"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), "(0, inf)")
-        check_literals("training", TrainingOptions, vars(self))
+        check_fields(self)
         if self.clip_mode != "norm" and self.clip_grad is None:
             raise UsageError(f"clip_mode {self.clip_mode} has no effect without clip_grad")
         if self.ema and self.ema.get("decay") is None:
@@ -251,7 +246,7 @@ class RepresentationTrainer:
             bar = stack.enter_context(progress("training", epochs * self.updates, unit="updates"))
             stack.enter_context(means_over_processes(self.loss))
             if self._tap is not None:
-                stack.callback(self._tap.remove)
+                stack.callback(self._tap.hook.remove)
             advance(bar, len(history) * self.updates)
             for epoch in range(len(history), epochs):
                 history.append(self._epoch(epoch, bar))

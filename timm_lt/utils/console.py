@@ -96,11 +96,7 @@ def epilog(examples: Sequence[str]) -> str:
 
 
 def one_line(text: str, limit: int = 80) -> str:
-    r"""Returns an untrusted text as one line without control characters, cut to a length.
-
-    >>> one_line(" two\nlines\x1b[2J")
-    'two lines [2J'
-    """
+    """Returns an untrusted text as one line without control characters, cut to a length."""
     # Control and format characters, lone surrogates; line and paragraph separators.
     odd = {"Cc", "Cf", "Cs", "Zl", "Zp"}
     text = "".join(" " if unicodedata.category(c) in odd else c for c in text[: 4 * limit])
