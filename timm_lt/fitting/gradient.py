@@ -77,9 +77,7 @@ class TrainedFit(Fit):
 
     def updates(self, images: int) -> int:
         """Returns the number of updates for so many images."""
-        return self.length.updates(
-            images, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
-        )
+        return self.length.updates(images, self.batch_size, self.epochs, self.steps)
 
     def train(
         self,
@@ -154,7 +152,7 @@ class LinearFit(Fit):
             head,
             features,
             seed=data.seed,
-            steps=CRT_LENGTH.updates(features.num_images),
+            steps=CRT_LENGTH.updates(features.num_images, BATCH_SIZE),
             lr=0.2,
             weight_decay=SGD_WEIGHT_DECAY if self.weight_decay is None else self.weight_decay,
             sampler="instance_balanced",
