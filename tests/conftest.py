@@ -17,6 +17,9 @@ LOOPBACK = hub_server.set_environment()
 from timm_lt.heads import create_head  # noqa: E402
 from timm_lt.utils.console import log  # noqa: E402
 
+# It registers a device with torch, for the whole process: never where other tests run.
+collect_ignore = ["simulated_device.py"]
+
 # Options that make a head usable without a fit, and differ from the defaults.
 HEAD_OPTIONS = {
     "linear": {},

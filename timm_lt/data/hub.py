@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from timm_lt.data.decode import is_remote
 from timm_lt.data.items import image_column, label_column, label_kind, type_name
@@ -196,8 +197,27 @@ def _read_repo(
                     f"the Hub cannot be reached, and the cache has commit {builder.hash} of "
                     f"{repo_id}, which may not be {revision}"
                 )
+        if not Path(builder.cache_dir).is_dir():
+            files = [str(paths[0]) for paths in (builder.config.data_files or {}).values()]
+            _check_class_names([file for file in files if file.endswith(".parquet")])
         builder.download_and_prepare()
         return dict(builder.as_dataset())
+
+
+def _check_class_names(files: list[str]) -> None:
+    """Checks that the splits of a repo have the same class names; the library takes the first."""
+    from datasets import ClassLabel, Features
+    from huggingface_hub import HfFileSystem
+
+    first: dict[str, object] = {}
+    for file in files:
+        schema = pq.read_schema(file, filesystem=HfFileSystem())
+        for column, feature in Features.from_arrow_schema(schema).items():
+            if first.setdefault(column, feature) != feature and isinstance(feature, ClassLabel):
+                raise UsageError(
+                    f"{file} and {files[0]} have different class names in column {column!r}; "
+                    "write both files with the same ClassLabel"
+                )
 
 
 def _read_local(
