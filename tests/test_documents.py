@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState
 
 import timm_lt
 from timm_lt import cli
-from timm_lt.cli import compare
 from timm_lt.cli.common import COMMANDS
 from timm_lt.cli.run import parse_sampler
 from timm_lt.data.sources import DATASETS
@@ -119,7 +118,7 @@ def check_timm_lt(command, *arguments):
     if command == "train":
         parsed(parse_command_line, "train_lt.py", arguments)
     elif command == "compare":
-        own, others = parsed(compare.create_parser().parse_known_args, arguments)
+        own, others = parsed(cli.create_parser([command]).parse_known_args, [command, *arguments])
         if own.grid is not None:
             grid = load_grid(own.grid)
             assert {*(own.only or [])} <= {row.label for row in grid.rows}
@@ -213,7 +212,7 @@ def test_the_docs_have_every_data_set_and_public_name():
     for name in own(DATASETS):
         assert f"`{name}`" in README
         assert f"`{name}`" in TEXTS["docs/your-data.md"]
-    public = {f"timm_lt.{name}" for names in timm_lt._EXPORTS.values() for name in names}
+    public = {f"timm_lt.{name}" for name in timm_lt._MODULES}
     counts = collections.Counter(re.findall(r"^::: (\S+)", REFERENCE, re.MULTILINE))
     assert not public - set(counts)
     assert set(counts.values()) == {1}

@@ -57,68 +57,48 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The public names of each module, which the imports above tell type checkers.
+# The imports above, which tell type checkers the public names, by module.
 _EXPORTS = {
-    "checkpoint": ("load_head", "save_checkpoint"),
-    "data": (
-        "create_dataset",
-        "create_loader",
-        "dataset_labels",
-        "list_datasets",
-        "load_image",
-        "make_long_tailed",
-        "read_image_list",
-    ),
-    "features": ("Features", "extract_features"),
-    "fitting": ("fit_head", "tau_curve"),
-    "heads": ("create_head", "fold_head", "list_heads", "register_head", "set_head"),
-    "hub": ("add_head", "push_to_hub"),
-    "losses": ("create_loss", "list_losses", "register_loss"),
-    "metrics": (
-        "ShotMetrics",
-        "ShotReport",
-        "confidence_intervals",
-        "evaluate_logits",
-        "paired_difference",
-        "per_class_table",
-        "shifted_accuracies",
-        "shifted_accuracy",
-        "shot_accuracy",
-        "write_per_class",
-    ),
-    "models": ("create_model", "create_bilateral", "list_repo_heads"),
-    "run": ("Rebalanced", "rebalance"),
-    "samplers": ("create_sampler", "list_samplers", "register_sampler"),
-    "utils.checks": ("UsageError",),
-    "utils.longtail": ("class_counts",),
+    "checkpoint": "load_head save_checkpoint",
+    "data": "create_dataset create_loader dataset_labels list_datasets load_image "
+    "make_long_tailed read_image_list",
+    "features": "Features extract_features",
+    "fitting": "fit_head tau_curve",
+    "heads": "create_head fold_head list_heads register_head set_head",
+    "hub": "add_head push_to_hub",
+    "losses": "create_loss list_losses register_loss",
+    "metrics": "ShotMetrics ShotReport confidence_intervals evaluate_logits paired_difference "
+    "per_class_table shifted_accuracies shifted_accuracy shot_accuracy write_per_class",
+    "models": "create_bilateral create_model list_repo_heads",
+    "run": "Rebalanced rebalance",
+    "samplers": "create_sampler list_samplers register_sampler",
+    "utils.checks": "UsageError",
+    "utils.longtail": "class_counts",
 }
+_MODULES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 _PACKAGES = (*(name for name in _EXPORTS if "." not in name), "cli", "report", "training", "utils")
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    for module, names in _EXPORTS.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PACKAGES, *itertools.chain(*_EXPORTS.values())})
+    return sorted({*globals(), *_PACKAGES, *_MODULES})
 
 
 def _is_command_line() -> bool:
-    """Returns whether ``timm-lt`` or ``python -m timm_lt`` is starting.
-
-    The commands that need :mod:`timm_lt.models` import it, which registers the architectures:
-    ``timm-lt --help`` should not wait for torch and timm.
-    """
+    """Returns whether ``timm-lt`` or ``python -m timm_lt`` is starting."""
     program = Path(sys.argv[0] if sys.argv else "").stem
     # sys.argv[0] is "-m" until Python has found the module to run, which another package may be.
     is_module = ("-m", __name__) in itertools.pairwise(sys.orig_argv)
     return program == "timm-lt" or (program == "-m" and is_module)
 
 
+# ``timm-lt --help`` should not wait for torch and timm.
 if not _is_command_line():
     importlib.import_module(f"{__name__}.models")

@@ -397,14 +397,14 @@ def test_the_background_is_recorded_and_predict_takes_it(tmp_path):
     again = timm_lt.save_checkpoint(tmp_path / "again", loaded, heads={}, class_counts=None)
     assert read_checkpoint(again).background == background_of(loaded) == "#000000"
     files = ImageFiles([str(tmp_path / "x.png")], loaded, background_of(loaded), {})
-    ((_, best, _),) = predict_files(loaded, files, names=None, top=1, workers=0)
+    (row,) = predict_files(loaded, files, names=None, top=1, workers=0)
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
     for color, is_right in (("black", True), ("white", False)):
         canvas = Image.new("RGBA", (40, 40), color)
         canvas.alpha_composite(Image.open(tmp_path / "x.png").convert("RGBA"))
         with torch.inference_mode():
             expected = model(transform(canvas.convert("RGB"))[None]).softmax(1).max().item()
-        assert (best[0][1] == pytest.approx(expected, abs=1e-6)) == is_right
+        assert (row["classes"][0]["probability"] == pytest.approx(expected, abs=1e-6)) == is_right
 
 
 def test_pillow_does_not_warn_in_a_data_worker(tmp_path, monkeypatch):

@@ -22,9 +22,8 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from timm_lt.data.augment import Augmentation, NoAugmentation, create_augmentation
-from timm_lt.data.fingerprint import described
 from timm_lt.data.images import ImageTensors, StoredImages
-from timm_lt.data.items import dataset_fingerprint
+from timm_lt.data.items import dataset_fingerprint, described
 from timm_lt.data.sources import dataset_from_arrays
 from timm_lt.features.cache import backbone_fingerprint
 from timm_lt.utils.checks import UsageError

@@ -321,15 +321,6 @@ def test_wrong_labels_are_refused(local, train, test, message):
         Splits.from_datasets(local({"train": train, "test": test or train}))
 
 
-def test_shards_with_other_classes_are_refused(local, hub):
-    shards = [table([0, 1, 2]), table([0, 1, 2], NAMES[::-1])]
-    files = {f"train-0000{i}-of-00002": rows for i, rows in enumerate(shards)}
-    with pytest.raises(UsageError, match=r"00001-of.*have different class names in column 'label'"):
-        local(files)
-    with pytest.raises(UsageError, match=r"test-0.*have different class names in column 'label'"):
-        hub(sharded(train=shards[0], test=shards[1]))
-
-
 def test_missing_and_empty_images_are_found_before_training_all_together(local):
     def rows(*images):
         return pa.table({"image": pa.array(images), "label": [0, 1] * (len(images) // 2)})
@@ -354,7 +345,7 @@ def test_local_files_that_are_not_there_or_damaged(local, tmp_path):
         with pytest.raises(UsageError, match=rf"root '.*{root}' does not exist or has no parquet"):
             find_splits("hub", root=tmp_path / root)
     for content in (b"", b"PAR1 and no more"):
-        with pytest.raises(UsageError, match=r"train\.parquet cannot be read: "):
+        with pytest.raises(UsageError, match=r"root cannot be read: "):
             local({"train": content})
 
 
@@ -368,7 +359,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(hub, monkeypatch):
         f"{REPO}@v2": (None, "Revision 'v2' doesn't exist for dataset 'me/flowers'"),
         "me/empty": ({"README.md": b"---\nlicense: mit\n---\n"}, "contain any data files"),
         "me/code": ({"code.py": b"raise SystemExit"}, "scripts are no longer supported"),
-        "me/bad": ({"train.parquet": b"PAR1 and no more"}, r"train\.parquet cannot be read: "),
+        "me/bad": ({"train.parquet": b"PAR1 and no more"}, r"me/bad cannot be read: "),
         "you/gated": (None, "is a gated dataset on the Hub"),
     }
     for repo, (files, message) in cases.items():

@@ -303,8 +303,8 @@ def test_a_model_computes_in_the_type_of_its_weights(dtype, tolerance):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float64"}, r"dtype of extract_features: .*float64.*float16"),
-        ({"compute_dtype": "float16"}, r"compute_dtype of extract_features: .*bfloat16"),
+        ({"dtype": "float64"}, "unknown dtype 'float64'.*float16"),
+        ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'.*bfloat16"),
         ({"views": 0}, "views must be"),
     ],
 )
@@ -329,23 +329,20 @@ def test_several_processes_need_a_prepared_loader(accelerators):
             extract_features(small_model(), loader, accelerator=two)
 
 
-@pytest.mark.parametrize("error", [UsageError("no room"), MemoryError("too much")])
-def test_any_error_of_the_main_process_reaches_the_others(monkeypatch, error):
+def test_a_users_mistake_in_the_main_process_reaches_the_others(monkeypatch):
     def fail():
-        raise error
+        raise UsageError("no room")
 
     sent = []
     # The second process gets what the first has sent.
     monkeypatch.setattr(
         extract, "broadcast_object_list", lambda own: sent or sent.extend(own) or own
     )
-    for is_main, expected in ((True, type(error)), (False, UsageError)):
+    for is_main in (True, False):
         accelerator = SimpleNamespace(num_processes=2, is_main_process=is_main)
-        with pytest.raises(expected, match=str(error)):
+        with pytest.raises(UsageError, match="no room"):
             extract._Extraction._on_main(SimpleNamespace(accelerator=accelerator), fail)
-    known = isinstance(error, UsageError)
-    words = "no room" if known else "the main process failed with MemoryError: too much"
-    assert sent == [None, words]
+    assert sent == [None, "no room"]
 
 
 def failing(error):
@@ -436,7 +433,7 @@ def test_batches_of_any_layout_give_the_same_features(layout):
             (IMAGES, LABELS[1:]),
             r"labels a Tensor of shape \(10,\), .*expected one integer for each",
         ),
-        ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[1\] = 0.5 is not an integer"),
+        ((IMAGES, LABELS / 2), r"batch 0 of the loader: labels\[0\] = 0.0 is not an integer"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said(batch, words):

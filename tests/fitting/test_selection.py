@@ -20,7 +20,6 @@ from gaussian_features import (
 
 from timm_lt.features import Features
 from timm_lt.fitting import create_fit, gradient, register_fit, take_best
-from timm_lt.fitting.base import compare_heads
 from timm_lt.fitting.gradient import WEIGHT_DECAYS
 from timm_lt.heads import list_heads
 from timm_lt.metrics import OBJECTIVES, shot_accuracy
@@ -132,7 +131,7 @@ PREDS = {name: head(VAL.values).argmax(1) for name, head in HEADS.items()}
 
 @by_objective
 def test_values_and_intervals_are_those_of_redrawn_images(objective):
-    record = compare_heads(PREDS, VAL.targets, COUNTS, objective=objective)
+    record = take_best(HEADS, PREDS, VAL.targets, COUNTS, objective).selection
     values = {name: by_hand(head, objective) for name, head in HEADS.items()}
     assert dict(record["compared"]) == pytest.approx(values)
     assert record["val_accuracy"] == pytest.approx(max(values.values()))
@@ -279,7 +278,7 @@ FEW = {"objective": "few_shot", "class_counts": torch.tensor([500, 400, 300, 200
         ("ncm", {"seed": -1}, "seed must be an integer >= 0"),
         ("ncm", {"objective": "f1"}, "choose one of: all, class_mean, few_shot"),
         ("tau_norm", {"classifier": fit("cosine")}, "takes the joint classifier, got a 'cosine'"),
-        ("linear", {"weight_decay": 1e-2}, "of head 'linear' have no effect with a joint"),
+        ("linear", {"weight_decay": 1e-2}, "takes no solver or weight_decay"),
         *((name, FEW, "few_shot") for name in ("tau_norm", "crt")),
         *(
             (name, {"classifier": None}, f"head '{name}' .*joint classifier: pass classifier=")

@@ -14,7 +14,7 @@ import timm_lt
 from timm_lt.data.images import ImageTensors
 from timm_lt.models.networks import CifarResNet, attach_attention
 from timm_lt.training import TrainingOptions, train_head_on_images, train_representation
-from timm_lt.training.model import takes_pairs
+from timm_lt.training.parts import takes_pairs
 from timm_lt.utils.accelerator import create_accelerator
 from timm_lt.utils.checks import UsageError
 

@@ -21,9 +21,7 @@ from timm_lt.report import ExampleImages, Report, render_report
 from timm_lt.report.html import MAX_CLASSES
 from timm_lt.report.record import (
     MAX_BYTES,
-    MAX_COMPARED,
     SIDE,
-    Thumbnails,
     compare,
     confused_groups,
     data_uri,
@@ -34,7 +32,6 @@ from timm_lt.utils.checks import UsageError
 
 # Elements without an end.
 VOID = {"meta", "img", "input", "br", "wbr"}
-NO_PICTURES = Thumbnails(None)
 
 
 class Page(HTMLParser):
@@ -94,14 +91,14 @@ def test_confusions_gains_and_losses_are_counted():
         assert shares == pytest.approx({o: cells[name, o] / total[name] for o in shares})
         assert sum(shares.values()) == pytest.approx(1)
     wrong = Counter(pair for pair in pairs["crt"] if pair[0] != pair[1])
-    mistakes = frequent_mistakes(report, "crt", NO_PICTURES)
+    mistakes = frequent_mistakes(report, "crt")
     assert [m["images"] for m in mistakes] == sorted(wrong.values(), reverse=True)[:6]
     for mistake in mistakes:
         assert mistake["images"] == wrong[mistake["label"], mistake["pred"]]
         assert mistake["share"] == pytest.approx(mistake["images"] / 9)
     right = {name: Counter(t for t, p in pairs[name] if t == p) for name in pairs}
     change = [right["crt"][c] - right["linear"][c] for c in range(12)]
-    found = compare(report, "crt", NO_PICTURES)
+    found = compare(report, "crt")
     assert found["better"] == sum(moved > 0 for moved in change) > 3
     assert found["worse"] == sum(moved < 0 for moved in change) > 0
     gained = sorted((moved for moved in change if moved > 0), reverse=True)
@@ -125,7 +122,7 @@ def test_rare_classes_are_among_those_that_gained():
     report = rare_classes([9, 5, 0, 1, 0], [8, 6, 4, 3, 1])
     # One image says nothing about a class; four are the most of a few-shot class.
     assert min_images(report) == {"many_shot": 5, "medium_shot": 5, "few_shot": 4}
-    found = compare(report, "crt", NO_PICTURES)
+    found = compare(report, "crt")
     changes = [*found["gained"], *found["lost"]]
     moved = [(report.names[c["label"]], c["before"], c["after"]) for c in changes]
     assert moved == [("owl", 0, 4), ("crow", 1, 3), ("kite", 5, 6), ("gull", 9, 8)]
@@ -165,15 +162,14 @@ def test_the_page_has_the_figures_of_the_heads_and_classes(report, page):
 
 
 def test_pictures_are_small_and_of_the_right_image(report):
-    thumbnails = Thumbnails(report.images)
-    change = compare(report, "crt", thumbnails)["gained"][0]
+    change = compare(report, "crt")["gained"][0]
     assert change["pictures"]
     for picture in change["pictures"]:
         assert picture["uri"].startswith("data:image/jpeg;base64,")
         assert report.names[change["label"]] in picture["text"]
         assert "% sure" in picture["text"]
     colours = np.random.default_rng(0).integers(0, 256, (30, 3), np.uint8)
-    for mistake in frequent_mistakes(report, "linear", thumbnails):
+    for mistake in frequent_mistakes(report, "linear"):
         for picture, label in zip(
             mistake["pictures"], (mistake["label"], mistake["pred"]), strict=True
         ):
@@ -197,12 +193,11 @@ def test_an_image_that_is_damaged_or_unknown_has_no_picture():
     good = squares(labels, labels)
     rows = {"image": [{"bytes": b"nothing", "path": None}] * 3, "label": [0, 1, 2]}
     broken = datasets.Dataset.from_dict(rows, features=good.features)
-    found = Thumbnails(ExampleImages(good, labels, broken, labels))
-    assert found.test(1) is None
+    found = ExampleImages(good, labels, broken, labels)
+    assert found.of_test(1) is None
     assert found.of_class(1) is not None
     assert found.of_class(5) is None
-    assert Thumbnails(ExampleImages(good, labels, good)).test(1) is None
-    assert NO_PICTURES.of_class(0) is None
+    assert ExampleImages(good, labels, good).of_test(1) is None
 
 
 # The page -----------------------------------------------------------------------------------------
@@ -277,7 +272,7 @@ def test_the_largest_report_stays_below_five_megabytes():
     rows = {"image": [Image.fromarray(image) for image in noise], "label": targets.tolist()}
     images = datasets.Dataset.from_dict(rows, features=features)
     generator = torch.Generator().manual_seed(0)
-    names = ["linear", *(f"head_{k}" for k in range(MAX_COMPARED))]
+    names = ["linear", *(f"head_{k}" for k in range(8))]
     right = torch.rand(len(names), len(targets), generator=generator) < 0.5
     wrong = [targets.roll(1 + k) for k in range(len(names))]
     preds = {n: torch.where(r, targets, w) for n, r, w in zip(names, right, wrong, strict=True)}

@@ -117,7 +117,7 @@ def test_the_command_line_shortens_every_run_and_sets_nothing_of_the_grid(grid, 
         ({"rows": [{**ROW, "quoted": 41.8}]}, r"quoted of 'x' must be a number in \[0, 1\]"),
         ({"metric": "loss"}, "unknown metric 'loss'.*accuracy, error"),
         ({"plot": True}, "plot and metric error need columns"),
-        ({"representations": {"../a": {}}, "rows": []}, "must be letters, digits and underscores"),
+        ({"representations": {"../a": {}}, "rows": []}, "must be letters, digits, underscores"),
         ({"representations": {"joint": {"after": "joint"}}}, "representation before 'joint'"),
     ],
 )

@@ -12,7 +12,7 @@ from timm_lt.run.parse import (
     find_recipe,
     load_recipe,
     parse_command_line,
-    parse_recipe,
+    parse_values,
     shipped_recipes,
 )
 from timm_lt.run.recipe import OptimizerRecipe, Recipe, RunOptions
@@ -43,7 +43,7 @@ def test_a_quoted_text_stays_a_text(text, read):
     assert recipe.heads == {"ncm": {"a": text}}
     # The resolved recipe of a run reads back to the same.
     assert read(recipe.to_yaml())[0] == recipe
-    assert parse_recipe(dataclasses.asdict(recipe), "a grid") == recipe
+    assert parse_values(Recipe, dataclasses.asdict(recipe)) == recipe
     changed, _ = read(f"data: {data}", "--data.options.k=null", "--data.root=null")
     assert changed.data.options == {"k": None, "m": {"n": [text, 1e-3]}}
     assert changed.data.root is None

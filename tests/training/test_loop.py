@@ -425,7 +425,7 @@ def mixup(**options):
         ({"ema": {"decay": 1.0}}, r"ema.decay must be a number in \[0, 1\)"),
         ({"ema": {"use_warmup": True}}, "use_warmup.* has no effect without ema.decay"),
         ({"batch_size": 41}, "a multiple of 1 and at most 40, the images of an epoch"),
-        ({"keep": "first"}, "unknown keep of training: 'first'"),
+        ({"keep": "first"}, "unknown keep 'first'"),
         ({"epochs": 0}, "epochs must be an integer >= 1"),
     ],
 )

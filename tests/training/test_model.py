@@ -11,7 +11,7 @@ from training_runs import images, interrupted, network, own_accelerator  # noqa:
 from training_runs import train as train_with
 
 import timm_lt
-from timm_lt.training.model import FrozenParts, last_block
+from timm_lt.training.parts import FrozenParts, last_block
 from timm_lt.utils.checks import UsageError
 
 SIDE, RATE, DECAY = 32, 0.02, 0.1

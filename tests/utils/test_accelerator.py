@@ -45,7 +45,7 @@ def own_accelerator():
 
 
 SNAPSHOTS = """
-import logging, multiprocessing, os, random, signal, sys, threading, warnings
+import logging, os, random, sys, threading, warnings
 import matplotlib, numpy as np, timm, torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import ImageFile
@@ -67,8 +67,6 @@ def snapshot():
         "accelerate": [dict(kind._shared_state) for kind in states],
         "environment": (dict(os.environ), os.getcwd(), sys.path[:], sys.argv[:]),
         "threads": (torch.get_num_threads(), threading.enumerate()),
-        "start method": multiprocessing.get_start_method(allow_none=True),
-        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
         "logging": [(log.level, log.handlers[:], log.propagate) for log in loggers],
         "warnings": (warnings.filters[:], ImageFile.LOAD_TRUNCATED_IMAGES),
         "matplotlib": {key: str(matplotlib.rcParams._get(key)) for key in matplotlib.rcParams},

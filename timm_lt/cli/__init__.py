@@ -14,10 +14,9 @@ import timm_lt
 from timm_lt.cli.common import COMMANDS, Commands, start
 from timm_lt.utils.console import epilog, error_text, log_traceback, wrapped
 
-# Commands that parse their own arguments, since these include the options of a recipe.
-OWN_PARSER = ("train", "compare")
 # Modules of commands that are not named as the command.
-MODULES = {"list": "listing", **dict.fromkeys(("fold", "pack", "convert", "push"), "ship")}
+MODULES = dict.fromkeys(("list", "completion"), "listing")
+MODULES |= dict.fromkeys(("fold", "pack", "convert", "push"), "ship")
 # Exit status of a program whose reader has closed the pipe.
 BROKEN_PIPE = 141
 
@@ -47,24 +46,26 @@ def _run(argv: list[str]) -> int:
         from timm_lt.run import main as train
 
         return train(argv[1:], prog="timm-lt train")
-    if argv[:1] == ["compare"]:
-        from timm_lt.cli import compare
-
-        return compare.main(argv[1:])
-    arguments = create_parser(argv[:1]).parse_args(argv)
+    parser = create_parser(argv[:1])
+    arguments, others = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
+    if others and argv[0] != "compare":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.recipe_options = others
     from timm_lt.run.execution import run_to_exit
+
+    status: list[int] = []
 
     def command() -> None:
         start(arguments)
-        arguments.command(arguments)
+        status.append(arguments.command(arguments) or 0)
 
-    return run_to_exit(command, "interrupted")
+    return run_to_exit(command, "interrupted") or status[0]
 
 
 def create_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Creates the parser of ``timm-lt``, with the arguments of some commands.
 
-    The others are only listed; ``train`` and ``compare`` have parsers of their own.
+    The others are only listed; ``train`` has a parser of its own.
     """
     parser = argparse.ArgumentParser(
         prog="timm-lt",
@@ -85,7 +86,7 @@ def create_parser(names: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
     parser.add_argument("--version", action="version", version=f"timm_lt {timm_lt.__version__}")
     commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        if name in OWN_PARSER or name not in names:
+        if name == "train" or name not in names:
             commands.add_parser(name, help=summary, add_help=False)
         else:
             module = import_module(f"timm_lt.cli.{MODULES.get(name, name)}")

@@ -36,7 +36,10 @@ STDOUT = "-"
 
 
 def add_command(
-    commands: Commands, name: str, command: Callable[[argparse.Namespace], None]
+    commands: Commands,
+    name: str,
+    command: Callable[[argparse.Namespace], int | None],
+    **options: Any,
 ) -> argparse.ArgumentParser:
     """Adds one of :data:`COMMANDS`; the docstring of its function is its help."""
     text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("\n\nExamples:\n")
@@ -46,6 +49,7 @@ def add_command(
         description=wrapped(" ".join(text.split())),
         epilog=epilog([line.strip() for line in examples.splitlines()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
     )
     parser.set_defaults(command=command)
     return parser

@@ -22,6 +22,10 @@ MODEL_HELP = (
     "with --checkpoint an architecture"
 )
 TABLES = ("parquet", "arrow")
+BACKGROUND_HELP = "behind transparent pixels, e.g. white, black or '#808080'; by default"
+CHECKPOINT_HELP = (
+    "folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME"
+)
 DATA_HELP = "folder of images, list of images, a data set's name, or NAMESPACE/NAME on the Hub"
 
 
@@ -45,12 +49,6 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
     parser.add_argument("--workers", type=int, default=workers, help=decode)
 
 
-def add_background(parser: argparse.ArgumentParser, default: str, explained: str) -> None:
-    """Adds ``--background``, with its default and the explanation of that."""
-    text = f"behind transparent pixels, e.g. white, black or '#808080'; by default {explained}"
-    parser.add_argument("--background", default=default, metavar="COLOR", help=text)
-
-
 def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None) -> None:
     """Adds the options of a model and its images; with a help for ``--checkpoint``, that too."""
     add = parser.add_argument
@@ -61,7 +59,8 @@ def add_weights_options(parser: argparse.ArgumentParser, checkpoint: str | None)
             "(1, 10, 2); by default determined from training images, in predict that of --names"
         )
         add("--class-order", choices=get_args(ClassOrder), help=order)
-        add_background(parser, "auto", "that of the model's checkpoint, or white")
+        color = f"{BACKGROUND_HELP} that of the model's checkpoint, or white"
+        add("--background", default="auto", metavar="COLOR", help=color)
     key = "key or prefix of the weights in that file, e.g. teacher, if it has several networks"
     add("--checkpoint-key", metavar="KEY", help=key)
     size = "by default that of the file or model"

@@ -1,10 +1,9 @@
 """``timm-lt inspect``: figures of a data set before training."""
 
 import argparse
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -27,12 +26,12 @@ from timm_lt.data.inspection import SHOWN, Inspection, inspect_splits
 from timm_lt.data.items import as_rgb
 from timm_lt.data.list_files import read_image_list
 from timm_lt.data.lists import located
-from timm_lt.data.sources import checked_source, dataset_from_files, find_root, find_splits
+from timm_lt.data.sources import dataset_from_files, find_root, find_splits
 from timm_lt.metrics import write_per_class
 from timm_lt.report.plots import save_count_plot
 from timm_lt.report.tables import group_word
 from timm_lt.run.recipe import DataRecipe
-from timm_lt.utils.checks import UsageError, check_background, check_integer, check_number
+from timm_lt.utils.checks import UsageError, check_background
 from timm_lt.utils.console import advance, error_text, one_line, progress, result_console
 from timm_lt.utils.longtail import ShotRule, shot_groups
 
@@ -48,7 +47,7 @@ def add_inspect(commands: Commands) -> None:
     add = inspect.add_argument
     add("data", help=inputs.DATA_HELP)
     inputs.add_data_options(inspect)
-    inputs.add_background(inspect, "white", "white")
+    add("--background", default="white", metavar="COLOR", help=f"{inputs.BACKGROUND_HELP} white")
     add("--output", type=Path, help="folder for table and plot; inspect_NAME by default")
     add("--quick", action="store_true", help="decode no image and look for no duplicates")
     add("--shot-rule", choices=get_args(ShotRule), default="fb", help="rule of the shot groups")
@@ -74,10 +73,9 @@ def inspect_data(arguments: argparse.Namespace) -> None:
     check_folder("--output", output)
     root = None if data.root is None else Path(data.root).expanduser().resolve()
     if data.name == "folder" and root and output.resolve().is_relative_to(root):
-        beside = shlex.quote(str(root.parent / f"inspect_{name}"))
         raise UsageError(
-            f"{output} would lie in the folder {data.root} and be taken for a class; choose a "
-            f"folder elsewhere, e.g. --output {beside}"
+            f"{output} would lie in the folder {data.root} and be taken for a class; choose an "
+            "--output elsewhere"
         )
     background = check_background(arguments.background)
     splits, problems = _load(data)
@@ -102,34 +100,32 @@ def _load(data: DataRecipe) -> "tuple[dict[str, Dataset], list[str]]":
     A folder or list that a run would refuse is inspected all the same.
     """
     source, root, options = data.name, data.root, dict(data.options)
-    if source in ("folder", "list"):
-        checked_source(source, root, dict(options))
-        check_number("test_fraction", options.get("test_fraction", 0.2), "(0, 1)")
-        check_integer("seed", options.get("seed", 0), minimum=0)
     try:
         return {**find_splits(source, root=root, **options)}, []
     except UsageError as error:
-        if root is None or source not in ("folder", "list"):
+        if root is None or (source != "folder" and "train" not in options):
             raise
-        path = Path(root).expanduser()
-        if source == "list":
-            files = read_image_list(located(options["train"], find_root(root)))
-            parts = files.by_split() or {"train": files}
-            return {
-                split: dataset_from_files(
-                    [str(path.absolute() / file) for file in part.paths], part.labels, part.names
-                )
-                for split, part in parts.items()
-            }, error.problems
+        refusal, problems = error, error.problems
+    path = Path(root).expanduser().absolute()
+    if source == "folder":
         listed = {key: options[key] for key in ("min_images", "other_files") if key in options}
         images = list_folder(path, **listed)
-        # Otherwise another option is wrong, or there is nothing to inspect.
-        if not (images.problems.found and images.files["train"]):
-            raise
-        return {
-            split: dataset_from_files(paths, images.labels[split], images.names)
-            for split, paths in images.files.items()
-        }, images.problems.found
+        problems = images.problems.found
+        # Otherwise an option is wrong, or there is nothing to inspect.
+        if not (problems and images.files["train"]):
+            raise refusal
+        found: dict[str, Any] = {
+            split: (images.files[split], images.labels[split], images.names)
+            for split in images.files
+        }
+    else:
+        files = read_image_list(located(options["train"], find_root(root)))
+        parts = files.by_split() or {"train": files}
+        found = {
+            split: ([str(path / file) for file in part.paths], part.labels, part.names)
+            for split, part in parts.items()
+        }
+    return {split: dataset_from_files(*rows) for split, rows in found.items()}, problems
 
 
 def _write_files(output: Path, found: Inspection) -> list[Path]:

@@ -5,11 +5,10 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import timm.data
 import torch
-from PIL import Image
 from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from timm_lt.checkpoint import background_of
 from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_log_options, as_json, positive, say
 from timm_lt.data.decode import ImageError, decode_image, shown_path
-from timm_lt.data.folder import Found, counted_suffixes, find_images, suffix
+from timm_lt.data.folder import IMAGE_SUFFIXES, Found, counted_suffixes, find_images, suffix
 from timm_lt.models.create import image_config, label_names
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.network import class_orders
@@ -30,22 +29,9 @@ from timm_lt.utils.console import log, one_line, result_console
 from timm_lt.utils.files import read_text, write_atomic
 
 BATCH_SIZE = 32
-# Images that no folder of a run has, since Pillow does not decode them, or only a preview.
-UNUSUAL_SUFFIXES = frozenset(
-    (
-        *("3fr", "arw", "cr2", "cr3", "crw", "dcr", "dng", "erf", "iiq", "kdc", "mef", "mrw"),
-        *("nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "sr2", "srf", "srw", "x3f", "heic"),
-        *("heif", "hif", "heics", "heifs", "avci", "avifs", "jxl", "jxr", "psd", "svg", "exr"),
-        *("hdr", "dcm", "ico", "icns", "dds"),
-    )
-)
 # Number of files that are named in the log because they are not images.
 SHOWN_OTHERS = 100
 FORMATS = ("table", "csv", "json")
-
-
-# An image, its most probable classes with their probabilities, or why it cannot be read.
-Prediction: TypeAlias = tuple[str, list[tuple[str, float]], str | None]
 
 
 def add_predict(commands: Commands) -> None:
@@ -95,7 +81,7 @@ def predict_images(arguments: argparse.Namespace) -> None:
     names = class_names(model, arguments.names, arguments.class_order)
     files = ImageFiles(paths, model, background or background_of(model), errors)
     found = predict_files(model, files, names=names, top=arguments.top, workers=arguments.workers)
-    text = {"csv": _csv, "json": _json}[form](found) if form != "table" else ""
+    text = as_json(found) if form == "json" else _csv(found)
     if form == "table":
         result_console().print(_table(found))
     elif output is None:
@@ -103,7 +89,7 @@ def predict_images(arguments: argparse.Namespace) -> None:
     else:
         write_atomic(output, f"{text}\n")
         log.info("wrote %s", output)
-    damaged = [f"{image} ({error})" for image, _, error in found if error is not None]
+    damaged = [f"{row['image']} ({row['error']})" for row in found if "error" in row]
     if damaged:
         raise UsageError(
             f"{len(damaged)} of {len(found)} images cannot be read: {shown_names(damaged)}"
@@ -122,22 +108,21 @@ def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not (path.is_dir() or path.is_file()):
             raise UsageError(f"{path} does not exist; expected an image or a folder of images")
         found = find_images(str(path)) if path.is_dir() else Found(images=[str(path)])
-        photos = [other for other in found.others if suffix(other) in UNUSUAL_SUFFIXES]
-        images = sorted([*found.images, *photos, *found.broken])
+        images = sorted([*found.images, *found.broken])
         if not images:
             only = f"; found only {counted_suffixes(found.others)}" if found.others else ""
             raise UsageError(f"no images in {path}{only}")
         errors |= found.broken
         paths += images
-        others += [other for other in found.others if other not in photos]
+        others += found.others
     if others:
         names = shown_names([shown_path(other) for other in others], SHOWN_OTHERS)
         count = counted_suffixes(others)
         log.warning("not images by their suffix, skipped: %d (%s): %s", len(others), count, names)
-    undecoded = UNUSUAL_SUFFIXES - {end[1:] for end in Image.registered_extensions()}
     for text in paths:
-        if (end := suffix(text)) in undecoded:
-            errors[text] = f"Pillow does not decode .{end}; convert it to JPEG"
+        # Camera raw is a TIFF whose first image is a preview.
+        if (end := suffix(text)) not in ("", *IMAGE_SUFFIXES):
+            errors.setdefault(text, f".{end} is not a suffix of an image; convert it to JPEG")
     return paths, errors
 
 
@@ -176,8 +161,7 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
     lines = (text or "").removeprefix("\ufeff").rstrip().splitlines()
     names = [one_line(line, 200) for line in lines]
     if len(names) != model.num_classes or "" in names:
-        empty = f" (line {names.index('') + 1} is empty)" if "" in names else ""
-        found = "does not exist" if text is None else f"has {len(names)} lines{empty}"
+        found = "does not exist" if text is None else f"has {len([*filter(None, names)])} names"
         raise UsageError(
             f"--names: {file} {found}; write a line with the name of each of the model's "
             f"{model.num_classes} classes, in their order"
@@ -194,12 +178,15 @@ def class_names(model: nn.Module, file: Path | None, order: ClassOrder | None) -
 
 def predict_files(
     model: nn.Module, files: ImageFiles, *, names: list[str] | None, top: int, workers: int
-) -> list[Prediction]:
-    """Returns the most probable classes of each image, by softmax; without names, their numbers."""
+) -> list[dict[str, Any]]:
+    """Returns each ``image`` with its most probable ``classes``, by softmax, or its ``error``.
+
+    Without names, the classes are their numbers.
+    """
     loader: DataLoader[Any] = DataLoader(files, BATCH_SIZE, num_workers=workers, collate_fn=list)
     device = default_device()
     model = model.to(device)
-    found: list[Prediction] = []
+    found: list[dict[str, Any]] = []
     for batch in loader:
         best: Iterator[tuple[list[float], list[int]]] = iter(())
         readable = [image for image, error in batch if not error]
@@ -210,41 +197,40 @@ def predict_files(
             best = zip(chosen.values.tolist(), chosen.indices.tolist(), strict=True)
         for _, error in batch:
             pairs = [] if error else zip(*next(best), strict=True)
-            classes = [(names[label] if names else str(label), share) for share, label in pairs]
-            found.append((files.paths[len(found)], classes, error or None))
+            classes = [
+                {"name": names[label] if names else str(label), "probability": share}
+                for share, label in pairs
+            ]
+            row = {"image": files.paths[len(found)], "classes": classes}
+            found.append(row | ({"error": error} if error else {}))
     return found
 
 
-def _table(found: Sequence[Prediction]) -> Table:
+def _table(found: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("image", "class", Column("%", justify="right"), box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"
-    for image, classes, error in found:
-        if error is not None:
-            table.add_row(escape(image), f"[dim]{escape(f'({error})')}", "")
-        for rank, (name, share) in enumerate(classes):
-            table.add_row("" if rank else escape(image), escape(name), f"{100 * share:.1f}")
+    for row in found:
+        image = escape(row["image"])
+        if "error" in row:
+            table.add_row(image, f"[dim]{escape('({error})'.format(**row))}", "")
+        for rank, best in enumerate(row["classes"]):
+            share = f"{100 * best['probability']:.1f}"
+            table.add_row("" if rank else image, escape(best["name"]), share)
     return table
 
 
-def _csv(found: Sequence[Prediction]) -> str:
+def _csv(found: Sequence[Mapping[str, Any]]) -> str:
     """Returns a row for each image, with a column ``error`` if some cannot be read."""
     rows = []
-    for image, classes, error in found:
-        rows.append({"image": image} | ({"error": error} if error else {}))
-        for rank, (name, share) in enumerate(classes, 1):
-            rows[-1] |= {f"class_{rank}": name, f"probability_{rank}": f"{share:.6f}"}
+    for entry in found:
+        rows.append({key: entry[key] for key in ("image", "error") if key in entry})
+        for rank, best in enumerate(entry["classes"], 1):
+            share = f"{best['probability']:.6f}"
+            rows[-1] |= {f"class_{rank}": best["name"], f"probability_{rank}": share}
     columns = sorted(dict.fromkeys(key for row in rows for key in row), key="error".__eq__)
     text = io.StringIO()
     table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     return text.getvalue().rstrip("\n")
-
-
-def _json(found: Sequence[Prediction]) -> str:
-    rows: list[dict[str, Any]] = []
-    for image, classes, error in found:
-        pairs = [{"name": name, "probability": share} for name, share in classes]
-        rows.append({"image": image, "classes": pairs} | ({"error": error} if error else {}))
-    return as_json(rows)

@@ -5,7 +5,7 @@ import functools
 import inspect
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,10 @@ def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["Epoch
             sampler.shard(dist.get_rank(), dist.get_world_size())
         if sampler.rank == 0:
             log.info("training images are drawn by sampler %s %s", name, options or "")
-        used.append(EpochsInTurn(sampler))
-        # train.py calls it before each epoch; workers get a copy.
-        setters = [*filter(None, [getattr(dataset, "set_epoch", None)]), used[-1].set_epoch]
+        used.append(EpochsInTurn(sampler, getattr(dataset, "set_epoch", None)))
         loader = create_loader(**call, sampler=used[-1]).loader
-        dataset.set_epoch = functools.partial(_set_epochs, setters)
+        # train.py calls it before each epoch; workers get a copy.
+        dataset.set_epoch = used[-1].set_epoch
         return loader
 
     modules: tuple[Any, ...] = (timm.data, timm.data.loader)
@@ -134,26 +133,24 @@ def training_sampler(name: str, options: dict[str, Any]) -> Iterator[list["Epoch
             module.create_loader = timm_create_loader
 
 
-def _set_epochs(setters: Sequence[Callable[[int], object]], epoch: int) -> None:
-    for setter in setters:
-        setter(epoch)
-
-
 class EpochsInTurn(Sampler[int]):
     """A sampler that moves on to the next epoch whenever it is iterated again.
 
-    train.py sets the epoch of a sampler only in several processes, and old versions set none of the
-    data set.
+    train.py sets the epoch of a sampler only in several processes.
     """
 
-    def __init__(self, sampler: ClassSampler) -> None:
-        self.sampler = sampler
+    def __init__(
+        self, sampler: ClassSampler, of_dataset: Callable[[int], object] | None = None
+    ) -> None:
+        self.sampler, self.of_dataset = sampler, of_dataset
         self.num_replicas = sampler.num_replicas
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the next iteration draws."""
+        """Sets the epoch that the next iteration draws, and that of the data set."""
         self.epoch = epoch
+        if self.of_dataset is not None:
+            self.of_dataset(epoch)
 
     def __len__(self) -> int:
         return len(self.sampler)

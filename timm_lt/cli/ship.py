@@ -8,7 +8,6 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -20,8 +19,6 @@ from timm_lt.checkpoint import (
     METRICS,
     PLOTS,
     RECIPE,
-    CheckpointInfo,
-    find_entry,
     load_heads,
     read_checkpoint,
     read_config,
@@ -29,12 +26,10 @@ from timm_lt.checkpoint import (
 )
 from timm_lt.cli import inputs
 from timm_lt.cli.common import Commands, add_command, add_output_options, parse_options, show_result
-from timm_lt.heads import head_option_names
 from timm_lt.hub import push_to_hub
 from timm_lt.models.convert import convert_checkpoint
 from timm_lt.models.create import label_names
 from timm_lt.models.fold import FOLDED_ENTRIES, FoldReport, write_folded
-from timm_lt.models.pretrained import PUBLISHED
 from timm_lt.models.repo import ModelSource
 from timm_lt.run.folder import CHECKPOINT_ENTRIES, LOCK
 from timm_lt.utils.checks import WHITE, UsageError, shown_names, unknown_name, user_errors
@@ -45,10 +40,6 @@ DIGESTS = "logits_sha256"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Fields of the description that a packed checkpoint has, too.
 KEPT = ("class_counts", "label_names", "dataset", "shot_rule", "protocol", "seed")
-SOURCE_HELP = (
-    "folder or local-dir:FOLDER, repo NAMESPACE/NAME[@REVISION] or hf-hub:NAMESPACE/NAME, or a "
-    "pretrained name"
-)
 
 
 def add_destination(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -97,7 +88,7 @@ def add_fold(commands: Commands) -> None:
     """Adds the command to the parser."""
     fold = add_command(commands, "fold", fold_checkpoint)
     add = fold.add_argument
-    add("source", help=SOURCE_HELP)
+    add("source", help=f"{inputs.CHECKPOINT_HELP}, or a pretrained name")
     add_destination(fold, "a folded checkpoint")
     which = "head to fold, the joint classifier unless given; several go to DESTINATION/NAME"
     add("--head", nargs="+", default=["linear"], metavar="NAME", help=which)
@@ -123,8 +114,8 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
         noun = "checkpoint (no such folder, nor a pretrained model of timm):"
         raise unknown_name(noun, name, timm.list_pretrained("lt_*"))
     info = source.read_info()
-    options = _options_by_head(arguments, info)
-    models = {h: timm_lt.create_model(name, True, head=h, **given) for h, given in options.items()}
+    options = parse_options(arguments.option, "tau=0.7")
+    models = {h: timm_lt.create_model(name, True, head=h, **options) for h in arguments.head}
     single = len(models) == 1
     lines, written = [], []
     with new_folder(arguments, FOLDED_ENTRIES if single else set(models), folder) as new:
@@ -144,25 +135,6 @@ def fold_checkpoint(arguments: argparse.Namespace) -> None:
     if architecture.startswith("lt_"):
         lines.append(f"timm has no {architecture}: import timm_lt before timm loads it")
     show_result(arguments, written, "\n".join(lines))
-
-
-def _options_by_head(
-    arguments: argparse.Namespace, info: CheckpointInfo | None
-) -> dict[str, dict[str, Any]]:
-    """Returns the options of each head; an option that no head takes is refused."""
-    source, heads = arguments.source, arguments.head
-    options = parse_options(arguments.option, "tau=0.7")
-    published = PUBLISHED[source].heads if info is None and source in PUBLISHED else ()
-    names = {
-        head: head_option_names(head if head in published else find_entry(info, head, source).kind)
-        for head in heads
-    }
-    known = sorted({name for accepted in names.values() for name in accepted})
-    for option in options.keys() - known:
-        raise UsageError(
-            f"head {', '.join(heads)} has no option {option!r}; options: {shown_names(known)}"
-        )
-    return {head: {key: options[key] for key in options if key in names[head]} for head in heads}
 
 
 def _described(report: FoldReport) -> str:

@@ -35,12 +35,13 @@ from timm_lt.data.items import (
 from timm_lt.data.list_files import note_unused
 from timm_lt.data.sources import SPLIT_WORDS, dataset_from_files, dataset_from_images
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import Problems, UsageError, unknown_name
+from timm_lt.utils.checks import Problems, UsageError, unknown_name, user_errors
 from timm_lt.utils.console import log
 from timm_lt.utils.longtail import Labels, check_labels
 
 # Items that are drawn to verify labels that a data set keeps as an attribute.
 VERIFIED = 1000
+CURE = "or pass one integer per image"
 # Loaders of torchvision's folders, and modes of timm's, that read a whole file in RGB.
 LOADERS = (default_loader, pil_loader)
 MODES = ("RGB", "", None)
@@ -52,16 +53,14 @@ def dataset_labels(dataset: Dataset[Any] | datasets.Dataset, column: str | None 
     >>> dataset_labels([("a.png", 2), ("b.png", 0), ("c.png", 1)])
     tensor([2, 0, 1])
 
-    No image is decoded for a ``datasets.Dataset`` without a transform, torchvision's
-    ``DatasetFolder`` and the classes derived from it such as ``ImageFolder`` and ``ImageNet``,
-    timm's ``ImageDataset`` and ``AugMixDataset``, torch's ``TensorDataset`` (its second tensor),
-    and a ``Subset`` or ``ConcatDataset`` of these. A ``target_transform`` is applied.
+    No image is decoded for a ``datasets.Dataset`` without a transform, torchvision's folders such
+    as ``ImageFolder`` and ``ImageNet``, timm's ``ImageDataset`` and ``AugMixDataset``, torch's
+    ``TensorDataset`` (its second tensor), and a ``Subset`` or ``ConcatDataset`` of these.
 
-    Any other data set (others of torchvision, and classes with a ``__getitem__`` of their own) has
-    its items drawn: a label is the second part of an item, or has a key such as ``"label"``. Up to
-    1,000 items all of them are drawn. Of more, 1,000 and the first of each class are; if they
-    agree with labels that the data set keeps as an attribute (such as ``targets``, ``_samples``, or
-    a column of a table), these are used. Otherwise every item is drawn, which is logged.
+    Any other data set has its items drawn: a label is the second part of an item, or has a key such
+    as ``"label"``. Of more than 1,000 items, 1,000 and the first of each class are drawn; if they
+    agree with labels that the data set keeps as an attribute (such as ``targets`` or a column of a
+    table), these are used. Otherwise every item is drawn, which is logged.
 
     Args:
         dataset: The data set, or a list of pairs of an image and its label.
@@ -116,7 +115,7 @@ def _stored_labels(data: Any, column: str | None = None) -> Any:  # noqa: ANN401
 def _transformed(labels: Any, transform: Any) -> Any:  # noqa: ANN401 - of any class
     if transform is None or labels is None:
         return labels
-    return [transform(label) for label in check_labels(labels).tolist()]
+    return list(map(transform, check_labels(labels).tolist()))
 
 
 @contextmanager
@@ -129,16 +128,12 @@ def _drawing() -> Iterator[None]:
 def _drawn(dataset: Any, rows: NDArray[np.int64], column: str | None) -> Labels:  # noqa: ANN401
     """Returns the labels of some items; of many, those of an attribute that agrees with them."""
     kind = type(dataset).__name__
+    by_column = column is not None and isinstance(dataset, datasets.Dataset)
 
     @cache
     def label_of(row: int) -> Any:  # noqa: ANN401 - whatever the data set yields
-        try:
-            by_column = column is not None and isinstance(dataset, datasets.Dataset)
+        with user_errors(f"the labels of a {kind} are not known", UsageError, cure=CURE):
             return dataset[row][column] if by_column else drawn_item(dataset, row)[1]
-        except UsageError as error:
-            raise UsageError(
-                f"the labels of a {kind} are not known: {error}; or pass one integer per image"
-            ) from error
 
     with _drawing():
         if len(rows) > VERIFIED:
@@ -162,11 +157,9 @@ def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any cla
     if isinstance(dataset, datasets.Dataset):
         kept = [_stored_labels(dataset)]
     for values in kept:
-        columns = [values]
-        if hasattr(values, "iloc"):
-            columns = list(values.to_numpy().T) if values.ndim == 2 else [values.to_numpy()]
-        elif isinstance(values, Sequence) and values and isinstance(values[0], tuple | list):
-            columns = list(zip(*values, strict=False))
+        rows = values.to_numpy().tolist() if hasattr(values, "iloc") else values
+        is_table = isinstance(rows, Sequence) and rows and isinstance(rows[0], tuple | list)
+        columns = list(zip(*rows, strict=False)) if is_table else [rows]
         for column in columns:
             # Values that are not labels may be anything, and a transform fail on them.
             with suppress(UsageError, TypeError, ValueError, LookupError):
@@ -178,10 +171,7 @@ def _kept_labels(dataset: Any) -> Iterator[Tensor]:  # noqa: ANN401 - of any cla
 def given_splits(data: object) -> dict[str, datasets.Dataset]:
     """Returns a data set, or a mapping of them by split, with the columns ``image`` and ``label``.
 
-    Files stay files, which are opened when they are drawn: those of torchvision's ``ImageFolder``
-    and of timm's ``ImageDataset`` of a folder, also in a ``Subset`` or ``ConcatDataset``. Their
-    transforms are not used. Every other data set, such as one with a ``__getitem__`` or ``loader=``
-    of its own, has its items drawn here, and their images are kept in memory as PNG.
+    Folders stay files, without a transform; other items are drawn and kept in memory as PNG.
     """
     splits: dict[str, datasets.Dataset] = {}
     problems = Problems()
@@ -201,8 +191,7 @@ def _as_dataset(data: Any) -> datasets.Dataset:  # noqa: ANN401 - of any class
     check_dataset(data)
     if isinstance(data, datasets.Dataset) and is_plain(data):
         columns = {image_column(data): "image", label_column(data): "label"}
-        plain = data.with_format(None)
-        return plain.rename_columns({old: new for old, new in columns.items() if old != new})
+        return data.with_format(None).rename_columns(columns)
     parts, part_of, row_of = flattened(data)
     files = [_files(part) for part in parts]
     images: list[dict[str, Any]] = []

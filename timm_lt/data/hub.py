@@ -1,20 +1,16 @@
 """hub: any image-classification data set of the Hub, or local parquet and arrow files."""
 
 import glob
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from timm_lt.data.decode import is_remote
-from timm_lt.data.folder import visible_files
 from timm_lt.data.items import image_column, label_column, label_kind, type_name
 from timm_lt.data.list_files import note_unused
 from timm_lt.data.sources import SPLIT_WORDS, Split, label_feature, register_dataset
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
 
 # Files of save_to_disk.
 SAVED = ("state.json", "dataset_dict.json")
-SHARD = re.compile(r"-\d+-of-\d+$")
 UNLABELLED = -1
 
 Incomplete = Literal["raise", "drop"]
@@ -64,24 +59,24 @@ def hub(
             class names.
         train: Name of the training split.
         val: Name of the validation split; that of ``train`` holds out a part of it.
-        test: Name of the test split; that of ``train`` takes ``test_fraction`` of it.
+        test: Name of the test split; that of ``train`` holds out ``test_fraction`` of it.
         root: Local files in place of a repo: a parquet or arrow file, a folder of them with the
             names of the Hub (``train.parquet``, ``data/train-00000-of-00001.parquet``,
             ``train/0000.parquet``), or a folder written by ``save_to_disk``.
-        test_fraction: Fraction of the training images of each class for a missing test split, in
-            (0, 1).
+        test_fraction: Part of each class in (0, 1) for a missing test split.
         min_images: Classes with fewer training images are left out; None leaves out none.
-        incomplete: Rows without a label or an image are an error (``"raise"``) or left out
-            (``"drop"``).
+        incomplete: ``"raise"`` or ``"drop"`` rows without a label or an image.
         cache_dir: Cache of the ``datasets`` library; None is its own.
 
     Returns:
         The splits, each with the columns ``image`` and ``label``.
 
     Raises:
-        UsageError: If the data set cannot be read; if a split or column is missing or ambiguous;
-            if rows have no label or image; or if the labels are not those of classes.
+        UsageError: If the data set cannot be read, a split or column is missing or ambiguous, rows
+            have no label or image, or labels are not those of classes.
     """
+    from datasets import Image
+
     check_choice("incomplete of data set 'hub':", incomplete, get_args(Incomplete))
     if (repo is None) == (root is None) or (revision and (root or "@" in str(repo))):
         raise UsageError(
@@ -108,7 +103,12 @@ def hub(
     note_unused(problems.owner, sorted(unused))
     with _readable(f"column {label!r}"):
         labels, class_names = _read_labels(columns, str(label))
-        rows = {split: _images(table, str(image)) for split, table in columns.items()}
+        rows = {
+            split: table.select_columns(image)
+            .rename_columns({image: "image"})
+            .cast_column("image", Image(mode="RGB"))
+            for split, table in columns.items()
+        }
     kept: dict[Split, LabelArray] = {}
     for split, name in chosen.items():
         with problems.collected(f"split {name!r} "):
@@ -140,9 +140,6 @@ def choose_splits(
 
     Without a test split, it is the validation split, else the training split, of which a part is
     then held out. ``"val"`` is missing where validation images are held out of train.
-
-    >>> choose_splits(["train", "validation"])
-    {'train': 'train', 'test': 'validation'}
     """
     trained = _find_split("train", train, available)
     validated, tested = _find_split("val", val, available), _find_split("test", test, available)
@@ -181,7 +178,7 @@ def _read_repo(
     """Reads all splits of a data set of the Hub, which are downloaded unless they are cached."""
     from datasets import load_dataset_builder
     from datasets.packaged_modules.cache.cache import Cache
-    from huggingface_hub import HfFileSystem, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     repo_id, own_revision = split_revision(repo)
     revision = own_revision or revision
@@ -199,9 +196,6 @@ def _read_repo(
                     f"the Hub cannot be reached, and the cache has commit {builder.hash} of "
                     f"{repo_id}, which may not be {revision}"
                 )
-        if not Path(builder.cache_dir).is_dir():
-            files = [str(paths[0]) for paths in (builder.config.data_files or {}).values()]
-            _check_class_names(files, HfFileSystem())
         builder.download_and_prepare()
         return dict(builder.as_dataset())
 
@@ -211,61 +205,32 @@ def _read_local(
 ) -> "dict[str, Dataset]":
     """Reads all splits of a parquet or arrow file, a folder of them, or of save_to_disk."""
     from datasets import Dataset, load_dataset, load_from_disk
+    from datasets.data_files import DataFilesDict, get_data_patterns
 
     folder = root / (config or "")
-    if any((folder / name).is_file() for name in SAVED):
-        with _readable(folder):
+    with _readable(folder):
+        if any((folder / name).is_file() for name in SAVED):
             saved = load_from_disk(str(folder))
             return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    files = {"train": [folder]} if folder.is_file() else _find_tables(folder)
-    kind = next((paths[0].suffix for paths in files.values()), "")
-    if kind not in (".parquet", ".arrow"):
-        raise UsageError(
-            f"root {str(folder)!r} does not exist or has no parquet or arrow file; a folder of "
-            "images is data set 'folder'"
-        )
-    tables = {}
-    for split, paths in files.items():
-        with _readable(paths[0]):
-            _check_class_names(map(str, paths))
-            # The library takes the paths for patterns.
-            patterns = [glob.escape(str(path.absolute())) for path in paths]
-            options = {"split": "train", "cache_dir": cache_dir}
-            tables[split] = load_dataset(kind[1:], data_files=patterns, **options)
-    return tables
-
-
-def _find_tables(root: Path) -> dict[str, list[Path]]:
-    """Finds the parquet files of a folder, or else its arrow files, by split.
-
-    The split of a file is a folder that is named like a split, or its own name without the number
-    of the shard. If no name is that of a split, all files are ``train``.
-    """
-    files = visible_files(root, "*.parquet") or visible_files(root, "*.arrow")
-    splits: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        folders = [f for f in file.relative_to(root).parts[:-1] if f.lower() in SPLIT_WORDS]
-        splits[folders[-1] if folders else SHARD.sub("", file.stem)].append(file)
-    if files and not any(split.lower() in SPLIT_WORDS for split in splits):
-        return {"train": files}
-    return dict(splits)
-
-
-def _check_class_names(files: Iterable[str], filesystem: object = None) -> None:
-    """Checks that parquet files have the same class names; the library takes the first ones."""
-    from datasets import ClassLabel, Features
-
-    first: dict[str, tuple[str, object]] = {}
-    for file in (file for file in files if file.endswith(".parquet")):
-        with _readable(file):
-            features = Features.from_arrow_schema(pq.read_schema(file, filesystem=filesystem))
-        for column, feature in features.items():
-            other, kind = first.setdefault(column, (file, feature))
-            if isinstance(feature, ClassLabel) and feature != kind:
-                raise UsageError(
-                    f"{file} and {other} have different class names in column {column!r}; write "
-                    "both files with the same ClassLabel"
-                )
+        # The library takes paths for patterns.
+        base = glob.escape(str(folder.absolute()))
+        files = {}
+        with suppress(FileNotFoundError):
+            patterns = {"train": [base]} if folder.is_file() else get_data_patterns(base)
+            files = DataFilesDict.from_patterns(patterns, base_path=base)
+        for kind in ("parquet", "arrow"):
+            tables = {}
+            # One by one: splits may have their class names in another order.
+            for split, paths in files.items():
+                if found := [glob.escape(path) for path in paths if path.endswith(f".{kind}")]:
+                    options = {"split": "train", "cache_dir": cache_dir}
+                    tables[str(split)] = load_dataset(kind, data_files=found, **options)
+            if tables:
+                return tables
+    raise UsageError(
+        f"root {str(folder)!r} does not exist or has no parquet or arrow file; a folder of "
+        "images is data set 'folder'"
+    )
 
 
 @contextmanager
@@ -287,10 +252,9 @@ def _readable(name: object) -> Iterator[None]:
 def _read_labels(
     tables: "Mapping[Split, Dataset]", column: str
 ) -> tuple[dict[Split, LabelArray], list[str] | None]:
-    """Reads the labels of all splits as integers, -1 where there is none, and the class names.
+    """Reads the labels of all splits as integers, -1 where one is missing, and the class names.
 
-    The names of a ``ClassLabel`` are those of the training split; splits with another order are
-    renumbered. Texts are names, sorted over all splits. Integers have no names.
+    Splits whose ``ClassLabel`` has another order than train are renumbered.
     """
     expected = tables["train"].features[column]
     names: list[str] | None = getattr(expected, "names", None)
@@ -322,17 +286,7 @@ def _read_labels(
 
 
 def _arrow_column(table: "Dataset", column: str) -> pa.ChunkedArray:
-    """Returns a column as it is stored."""
     return cast(pa.Table, table.select_columns(column).with_format("arrow")[:]).column(0)
-
-
-def _images(table: "Dataset", column: str) -> "Dataset":
-    """Returns the column of images alone, as ``image``."""
-    from datasets import Image
-
-    rows = table.select_columns(column)
-    rows = rows if column == "image" else rows.rename_column(column, "image")
-    return rows.cast_column("image", Image(mode="RGB"))
 
 
 def _complete(
@@ -340,16 +294,15 @@ def _complete(
 ) -> LabelArray:
     """Returns the rows with an image and a label, or raises if others are an error."""
     unlabelled = np.flatnonzero(labels == UNLABELLED).tolist()
-    without_image = _rows_without_image(rows)
-    problems = Problems()
-    has_labels = len(unlabelled) < len(labels) or len(labels) == 0
-    if not has_labels:
-        problems.add(
+    if 0 < len(unlabelled) == len(labels):
+        raise UsageError(
             f"has no labels, so it cannot be the {split} split; name another one with {split}=, or "
             "the training split to hold out a part of it"
         )
+    without_image = _rows_without_image(rows)
+    problems = Problems()
     for noun, found in (("a label", unlabelled), ("an image", without_image)):
-        if found and has_labels and incomplete == "raise":
+        if found and incomplete == "raise":
             problems.add(
                 f"has {len(found)} of {len(rows)} rows without {noun}: {shown_names(found)}; add "
                 "what is missing, or leave out these rows with incomplete=drop"

@@ -31,7 +31,7 @@ from timm_lt.data.decode import (
     is_huge,
     unreadable_images,
 )
-from timm_lt.data.fingerprint import described, digest, images_fingerprint, tensor_fingerprint
+from timm_lt.data.items import described, digest, images_fingerprint, tensor_fingerprint
 from timm_lt.data.loader import InOrder, Loader, create_loader
 from timm_lt.data.sources import label_feature
 from timm_lt.samplers.streams import keyed
@@ -79,10 +79,7 @@ class Images(TorchDataset[Any], ABC):
         return self._loader("eval", batch_size, None, accelerator)
 
     def views_loader(self, batch_size: int, accelerator: Accelerator) -> Loader:
-        """Creates a loader of all images in order, augmented; each epoch is another view.
-
-        View v of image i is draw ``v N + i``, whatever the batches and the processes.
-        """
+        """Creates a loader of all images in order; view v of image i is its draw ``v N + i``."""
         return self._loader("views", batch_size, InOrder(len(self)), accelerator)
 
     @abstractmethod
@@ -114,14 +111,8 @@ class Images(TorchDataset[Any], ABC):
 class ImageTensors(Images):
     """Images (N, 3, H, W), uint8, in memory, which are augmented and normalised when drawn.
 
-    Args:
-        images: All images.
-        labels: Their labels, (N,) int64.
-        mean: Mean of each channel, fractions of full scale, (3,).
-        std: Standard deviation of each channel, (3,).
-        augmentation: Applied to each batch before normalisation.
-        seed: Seed of the augmentation.
-        missing: Rows of images that could not be read; their target is -1.
+    The mean and std of each channel are fractions of full scale. The target of a ``missing`` row,
+    an image that could not be read, is -1.
     """
 
     def __init__(
@@ -181,9 +172,8 @@ class ImageTensors(Images):
 def decode_images(
     dataset: Dataset, size: tuple[int, int] | None = None, *, missing: list[int] | None = None
 ) -> Tensor:
-    """Decodes the column ``image`` of a data set into one tensor, (N, 3, H, W) uint8.
+    """Decodes the column ``image`` into one tensor, (N, 3, H, W) uint8, all of the first's size.
 
-    Images of another size (H, W) are resized, bilinear; without one, it is that of the first image.
     The list ``missing`` receives the rows of images that cannot be decoded, which become black.
     """
     images: NDArray[np.uint8] | None = None
@@ -201,7 +191,13 @@ def decode_images(
             huge.append(name)
         if images is None:
             height, width = size or (image.height, image.width)
-            images = _empty_images(len(dataset), height, width)
+            if len(dataset) * height * width * 3 > MAX_BYTES:
+                raise UsageError(
+                    f"{len(dataset):,} images of {height}x{width} need more than "
+                    f"{MAX_BYTES / 2**30:.0f} GiB of memory; choose a smaller image size, or "
+                    "decode them when they are drawn with --data.augmentation timm"
+                )
+            images = np.zeros((len(dataset), height, width, 3), np.uint8)
         # For an image that has the size already, this is a copy.
         images[row] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     if huge:
@@ -215,22 +211,10 @@ def decode_images(
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _empty_images(number: int, height: int, width: int) -> NDArray[np.uint8]:
-    if number * height * width * 3 > MAX_BYTES:
-        raise UsageError(
-            f"{number:,} images of {height}x{width} need more than "
-            f"{MAX_BYTES / 2**30:.0f} GiB of memory; choose a smaller image size, or decode them "
-            "when they are drawn with --data.augmentation timm"
-        )
-    return np.zeros((number, height, width, 3), np.uint8)
-
-
 def label_tensor(dataset: Dataset) -> Tensor:
     """Returns the labels of a data set, (N,) int64, without decoding an image."""
-    column = dataset.data.column("label")
-    if column.null_count or not pa.types.is_integer(column.type):
-        return check_labels(dataset.with_format("numpy")["label"][:])
     # Formatting the rows takes ten times as long.
+    column = dataset.data.column("label")
     if dataset._indices is not None:
         column = column.take(dataset._indices.column(0))
     return check_labels(column.to_numpy())
@@ -267,13 +251,13 @@ class StoredImages(Images):
     Random numbers of timm's transforms are a function of (seed, draw), in any process and worker.
 
     Args:
-        dataset: With a column ``image`` that decodes to PIL images.
+        dataset: With a column ``image``.
         labels: Their labels, (N,) int64.
         size: (H, W) of the images in a batch.
         preprocessing: timm's data config of the model: mean, std, interpolation, crop_pct.
         augmentation: More arguments of ``timm.data.create_loader`` for training.
         seed: Seed of the augmentation.
-        workers: Processes that decode, for each process that trains; 0 decodes in that one.
+        workers: Processes that decode, for each process that trains.
         unreadable: ``"raise"`` or ``"skip"`` images that cannot be read.
         name: Name of the data set in messages.
     """
@@ -292,8 +276,7 @@ class StoredImages(Images):
         name: str = "data set",
     ) -> None:
         super().__init__(labels, size, unreadable)
-        self.dataset = dataset
-        self.name = name
+        self.dataset, self.name = dataset, name
         self.transform: Any = None
         self._views = False
         self._encoded, self._column = encoded_images(dataset), dataset.features["image"]

@@ -1,37 +1,33 @@
-"""Images and labels of any data set or batch: their columns, their layout, and their decoding."""
+"""Images and labels of any data set or batch: columns, layout, decoding, and fingerprints."""
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal
 from warnings import catch_warnings
 
 import datasets
 import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import AugMixDataset, ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.scheduled_sampler import ScheduledTransformDataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 from torchvision.transforms.functional import to_pil_image
 
-from timm_lt.data.decode import decode_column, read_image
-from timm_lt.data.fingerprint import (
-    KEY,
-    described,
-    digest,
-    file_fingerprint,
-    images_fingerprint,
-    tensor_fingerprint,
-)
+from timm_lt.data.decode import decode_column, is_remote, read_image
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import WHITE, UsageError, check_background
+from timm_lt.utils.checks import WHITE, UsageError, check_background, user_errors
 from timm_lt.utils.longtail import check_labels
 
 # Names of columns of labels, compared without case.
@@ -53,6 +49,15 @@ ACCEPTED = (
 )
 # Attributes of torchvision's folders and of timm's ImageDataset that change their items.
 OPTIONS = "transform", "target_transform", "transforms", "loader", "input_img_mode", "load_bytes"
+# Attributes that do not change the features of a module in evaluation.
+WITHOUT_EFFECT = ("training", "num_classes")
+PLAIN = (
+    *(str, int, float, type(None), type, FunctionType, BuiltinFunctionType),
+    *(Tensor, torch.dtype, torch.device),
+)
+KEY = "pass key= with a word that stands for the samples and their transform"
+# Rows of a data set that are read together for their fingerprint.
+ROWS = 1000
 
 
 def check_dataset(data: object, *, streams: bool = False) -> None:
@@ -82,17 +87,15 @@ class RGBImage(datasets.Image):  # type: ignore[misc]
 def as_rgb(
     dataset: datasets.Dataset, *, column: str = "image", background: object = None
 ) -> datasets.Dataset:
-    """Returns a data set whose images are always decoded by timm_lt, on a background.
+    """Returns a data set whose images are decoded by timm_lt, on a background; None keeps it.
 
-    None keeps the background of the column, or takes white; then a data set with a transform of its
-    own is returned unchanged.
+    With None, a data set with a transform of its own is returned unchanged.
     """
     old = dataset.features.get(column)
     if not isinstance(old, datasets.Image) or (background is None and not is_plain(dataset)):
         return dataset
-    color = getattr(old, "background", WHITE)
-    color = color if background is None else check_background(background)
-    new = RGBImage(mode=old.mode, background=color)
+    color = getattr(old, "background", WHITE) if background is None else background
+    new = RGBImage(mode=old.mode, background=check_background(color))
     return dataset if old == new else dataset.cast_column(column, new)
 
 
@@ -102,10 +105,7 @@ def is_plain(rows: datasets.Dataset) -> bool:
 
 
 def image_column(rows: datasets.Dataset, column: str | None = None) -> str:
-    """Finds the column of images: of type ``Image``, else a struct of bytes and path, else binary.
-
-    Of several columns of a type, the one called ``image`` is taken. A given column is checked.
-    """
+    """Finds the column of images: ``Image``, else a struct of bytes and path, else binary."""
     kinds = rows.features.items()
     images = [name for name, kind in kinds if isinstance(kind, datasets.Image)]
     encoded = [n for n, kind in kinds if isinstance(kind, dict) and set(kind) == {"bytes", "path"}]
@@ -117,10 +117,7 @@ def label_column(rows: datasets.Dataset, column: str | None = None) -> str:
     """Finds the column of labels: ``label`` or ``labels`` with integers, else a ``ClassLabel``.
 
     Otherwise it is a column of integers or texts with a usual name such as ``target`` or ``class``.
-    Of several columns, the one called ``label`` is taken. A given column is checked.
     """
-    if not isinstance(rows, datasets.Dataset):
-        raise UsageError(f"a {_name(rows)} is not a datasets.Dataset, so has no columns")
     kinds = {name: label_kind(kind) for name, kind in rows.features.items()}
     accepted = [name for name, kind in kinds.items() if kind]
     integers = [name for name in ("label", "labels") if kinds.get(name) in ("names", "integers")]
@@ -171,15 +168,12 @@ def reads_as(data: object, *known: type) -> bool:
 
 
 def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64]]:  # noqa: ANN401
-    """Returns the data sets inside a ``Subset``, ``ConcatDataset`` or wrapper.
-
-    And for each item the number of its data set and its row there, (N,).
-    """
-    if isinstance(data, Subset) and reads_as(data, Subset):
+    """Returns the data sets inside a wrapper, and the data set and row of each item, (N,)."""
+    if reads_as(data, Subset):
         parts, part, row = flattened(data.dataset)
         rows = np.array(list(map(int, data.indices)), np.int64)
         return parts, part[rows], row[rows]
-    if isinstance(data, ConcatDataset) and reads_as(data, ConcatDataset):
+    if reads_as(data, ConcatDataset):
         parts, numbers, rows_of = [], [], []
         for inner in data.datasets:
             leaves, part, row = flattened(inner)
@@ -188,7 +182,7 @@ def flattened(data: Any) -> tuple[list[Any], NDArray[np.int64], NDArray[np.int64
             parts += leaves
         return parts, np.concatenate(numbers), np.concatenate(rows_of)
     for kind, attribute in WRAPPERS.items():
-        if isinstance(data, kind) and reads_as(data, kind):
+        if reads_as(data, kind):
             return flattened(getattr(data, attribute))
     return [data], np.zeros(len(data), np.int64), np.arange(len(data))
 
@@ -203,25 +197,78 @@ def folder_samples(data: Any) -> list[tuple[str, Any]] | None:  # noqa: ANN401 -
     return None
 
 
-def dataset_fingerprint(data: object) -> str:
-    """Returns a digest of the samples of a data set in their order, and of its transform.
-
-    Supported are data sets with a method ``fingerprint() -> str``, timm's ``ImageDataset`` of a
-    folder, torchvision's folders, torch's ``TensorDataset``, and a ``Subset`` of one of them; not
-    classes derived from these with a ``__getitem__`` of their own.
-    """
-    fingerprint = getattr(data, "fingerprint", None)
-    if callable(fingerprint):
+def dataset_fingerprint(data: Any) -> str:  # noqa: ANN401 - of any class
+    """Returns a digest of the samples of a data set in their order, and of its transform."""
+    if callable(fingerprint := getattr(data, "fingerprint", None)):
         return str(fingerprint())
-    if isinstance(data, Subset) and reads_as(data, Subset):
+    if reads_as(data, Subset):
         return digest(dataset_fingerprint(data.dataset), map(int, data.indices))
-    if isinstance(data, TensorDataset) and reads_as(data, TensorDataset):
+    if reads_as(data, TensorDataset):
         return digest(*map(tensor_fingerprint, data.tensors))
     samples = folder_samples(data)
     if samples is None:
         raise UsageError(f"the samples of a {_name(data)} have no fingerprint; {KEY}")
     files = [[file_fingerprint(path), int(target)] for path, target in samples]
     return digest(files, described([getattr(data, name, None) for name in OPTIONS]))
+
+
+def described(thing: object) -> str:
+    """Returns a digest of a transform: the values and functions that it consists of."""
+    with user_errors(f"{repr(thing)[:80]} cannot be hashed", Exception, cure=KEY):
+        return str(Hasher.hash(thing))
+
+
+def plain_options(module: nn.Module) -> str:
+    """Returns a digest of a module's public attributes that are plain values or tensors."""
+    options = {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in WITHOUT_EFFECT and _is_plain(value)
+    }
+    return described(options)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN)
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """Returns a digest of a tensor's values, type and shape."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    content = sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return digest(content, str(tensor.dtype), list(tensor.shape))
+
+
+def images_fingerprint(dataset: datasets.Dataset, column: str = "image") -> str:
+    """Returns a digest of the stored images of a data set without a transform: bytes, or files."""
+    if dataset.format["type"] == "custom":
+        raise UsageError(f"a data set with a transform of its own has no fingerprint; {KEY}")
+    state = sha256()
+    images = dataset.with_format(None).select_columns(column)
+    images = images.cast_column(column, datasets.Image(decode=False)).with_format("arrow")
+    for rows in images.iter(batch_size=ROWS):
+        for image in rows.column(column).to_pylist():
+            content = image["bytes"]
+            if content is None:
+                content = file_fingerprint(image["path"]).encode()
+            state.update(len(content).to_bytes(8, "little") + content)
+    return digest(state.hexdigest(), repr(dataset.features[column]))
+
+
+def digest(*parts: object) -> str:
+    """Returns a digest of texts, numbers, and lists and mappings of them."""
+    return sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def file_fingerprint(path: str) -> str:
+    """Returns the path, the size and the modification time of a file; the URL of a remote one."""
+    if is_remote(path):
+        return path
+    with user_errors(f"{path} cannot be read"):
+        status = Path(path).stat()
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of any class
@@ -235,11 +282,7 @@ def drawn_item(items: Any, row: int) -> tuple[Any, Any]:  # noqa: ANN401 - of an
 
 
 def image_and_label(sample: object, noun: str) -> tuple[Any, Any]:
-    """Returns image and label of a sample, or images and labels of a batch.
-
-    It is a tuple or list that begins with image and label, whatever follows; or a mapping with one
-    of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
-    """
+    """Returns the first two entries of a sample or batch, or those under its usual keys."""
     if isinstance(sample, Mapping):
         names = {str(name).lower(): name for name in reversed(list(sample))}
         image, label = (
@@ -262,8 +305,7 @@ def images_and_labels(batch: object, noun: str) -> tuple[Tensor, Tensor]:
         raise UsageError(
             f"the images of {noun} are a {_kind(given)}, its labels a {_kind(targets)}; expected "
             "one integer for each image, and floating-point images of shape (batch, channels, "
-            "height, width), normalized as the model was trained: divided by 255, less the mean, "
-            "divided by the standard deviation. timm_lt.create_loader yields such batches"
+            "height, width), normalized for the model, as timm_lt.create_loader yields them"
         )
     if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
         # Names the first label that is not an integer.
@@ -287,15 +329,11 @@ def as_tensor(values: object) -> Tensor | None:
 
 
 def _kind(value: object) -> str:
-    """Returns the class of a value with its shape and type, its keys, or its first entry."""
+    """Returns the class of a value with its shape and type, or its keys."""
     if isinstance(value, Tensor | np.ndarray):
         return f"{_name(value)} of shape {tuple(value.shape)}, {value.dtype}"
-    if isinstance(value, Mapping):
-        return f"{_name(value)} with the keys {', '.join(map(str, value)) or '(none)'}"
-    if isinstance(value, list | tuple):
-        first = f", which begins with a {_kind(value[0])}" if value else ""
-        return f"{_name(value)} of length {len(value)}{first}"
-    return _name(value)
+    keys = f" with the keys {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
+    return f"{_name(value)}{keys}"
 
 
 def _name(value: object) -> str:
@@ -321,13 +359,7 @@ def _is_label(label: object) -> bool:
 
 
 class TransformedItems(Dataset[tuple[Any, Any]]):
-    """Items of any data set as pairs of a transformed image and its label.
-
-    With ``takes_tensors``, floating-point tensors pass unchanged, without the transform.
-
-    Attributes:
-        transform: Applied to each RGB image; None leaves it a PIL image.
-    """
+    """Pairs of image and label; with ``takes_tensors``, float tensors are not transformed."""
 
     def __init__(self, items: Any, *, takes_tensors: bool = False) -> None:  # noqa: ANN401
         self.items, self.takes_tensors = items, takes_tensors

@@ -149,7 +149,7 @@ def read_utf8(path: Path) -> str:
 
 
 def _read_text(path: Path) -> ImageList:
-    """Reads lines of a path, a blank and a label; the paths are not copied."""
+    """Reads lines of a path, a blank and a label."""
     content = np.fromfile(path, np.uint8)
     if content[-1:].tobytes() != b"\n":
         content = np.append(content, np.uint8(NEWLINE))
@@ -161,9 +161,10 @@ def _read_text(path: Path) -> ImageList:
         if parsed is None:
             return _read_lines(path)
         offsets, values = parsed
-        # A path, the rest of its line, the next path, ...
+        # Strings: a path, the rest of its line, the next path, ...
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
-        chunks.append(pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers))
+        strings = pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)
+        chunks.append(strings.take(pa.array(np.arange(0, len(strings), 2))))
         labels.append(values)
         start += int(offsets[-1])
     paths = pa.chunked_array(chunks)
@@ -172,7 +173,7 @@ def _read_text(path: Path) -> ImageList:
             paths.validate(full=True)
         except pa.ArrowInvalid:
             return _read_lines(path)
-    return ImageList(Paths(paths, step=2), np.concatenate(labels))
+    return ImageList(Paths(paths), np.concatenate(labels))
 
 
 def _parse_lines(block: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:

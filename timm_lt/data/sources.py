@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, overload
 
 import numpy as np
 import pyarrow as pa
@@ -76,21 +76,16 @@ def register_dataset(
 
     Args:
         name: The name, a lower-case identifier.
-        selected_on_test: The paper that selected hyper-parameters or the epoch on the test split of
-            this data set, if one did; this allows the protocol ``"paper"``.
+        selected_on_test: A paper that selected hyper-parameters or the epoch on the test split of
+            this data set; this allows the protocol ``"paper"``.
 
     Raises:
         UsageError: If the name is taken or is not a lower-case identifier.
     """
     register = DATASETS.register(name)
-
-    def add(source: Source) -> Source:
-        register(source)
-        if selected_on_test is not None:
-            SELECTED_ON_TEST[name] = selected_on_test
-        return source
-
-    return add
+    if selected_on_test is not None:
+        SELECTED_ON_TEST[name] = selected_on_test
+    return cast("Callable[[Source], Source]", register)
 
 
 def list_datasets() -> list[str]:
@@ -104,18 +99,12 @@ def list_datasets() -> list[str]:
 
 def check_protocol(name: str, protocol: str) -> None:
     """Checks that a data set may be used under a protocol, ``"standard"`` or ``"paper"``."""
-    check_choice("data set", name, tuple(DATASETS))
     check_choice("protocol", protocol, get_args(SelectionProtocol))
-    if protocol != "paper":
-        return
     # Reading an entry imports its module, which registers the paper.
-    papers = {key: SELECTED_ON_TEST.get(key) for key in DATASETS if callable(DATASETS[key])}
-    if papers[name] is None:
-        known = [f"{key} ({paper})" for key, paper in papers.items() if paper]
+    if protocol == "paper" and callable(DATASETS[name]) and name not in SELECTED_ON_TEST:
         raise UsageError(
             "protocol paper selects hyper-parameters and the epoch on the test split, and no paper "
-            f"is known to have done so for {name!r}; use protocol standard, or one of: "
-            f"{', '.join(known) or 'no data set'}"
+            f"is known to have done so for {name!r}; use protocol standard"
         )
 
 
@@ -139,11 +128,11 @@ def create_dataset(
         run) and ``label`` (an integer; class names are in ``features["label"].names``).
 
     Raises:
-        UsageError: If the name, the split or an option is unknown; the message lists the valid
-            ones. Also if a root is missing or not needed, or the data set has no such split.
+        UsageError: If the name, the split or an option is not valid, a root is missing or not
+            needed, or the data set has no such split.
     """
     check_choice(f"split of data set {name!r}", split, get_args(Split))
-    found = _build(name, (split,), root, options)
+    found = find_splits(name, root=root, splits=(split,), **options)
     if split not in found:
         raise UsageError(
             f"data set {name!r} has no {split} split: hold out a part of train with "
@@ -153,15 +142,13 @@ def create_dataset(
 
 
 def find_splits(
-    name: str, *, root: str | Path | None = None, **options: Any
+    name: str,
+    *,
+    root: str | Path | None = None,
+    splits: Sequence[str] = get_args(Split),
+    **options: Any,
 ) -> "dict[str, Dataset]":
-    """Builds all splits that a data set has, as :func:`create_dataset` builds one."""
-    return _build(name, get_args(Split), root, options)
-
-
-def _build(
-    name: str, splits: Sequence[str], root: str | Path | None, options: dict[str, Any]
-) -> "dict[str, Dataset]":
+    """Builds those of the splits that a data set has, as :func:`create_dataset` builds one."""
     from timm_lt.data.items import as_rgb
 
     source = checked_source(name, root, options)
@@ -194,34 +181,26 @@ def find_root(root: str | Path) -> str:
 
 
 class Paths(Sequence[str]):
-    """Paths of files: every ``step``-th string of each chunk of an Arrow array."""
+    """Paths of files as an Arrow array."""
 
-    def __init__(self, strings: "Iterable[str] | pa.ChunkedArray", step: int = 1) -> None:
-        if not isinstance(strings, pa.ChunkedArray):
-            strings = pa.chunked_array([pa.array(strings, pa.string())])
-        self._strings, self._step = strings, step
-
-    @property
-    def arrow(self) -> "pa.ChunkedArray":
-        """The paths as an Arrow array without other strings between them."""
-        return self._strings if self._step == 1 else self.take(np.arange(len(self))).arrow
+    def __init__(self, paths: "Iterable[str] | pa.ChunkedArray") -> None:
+        if not isinstance(paths, pa.ChunkedArray):
+            paths = pa.chunked_array([pa.array(paths, pa.string())])
+        self.arrow = paths
 
     def __len__(self) -> int:
-        return len(self._strings) // self._step
+        return len(self.arrow)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> "Paths": ...
     def __getitem__(self, index: int | slice) -> "str | Paths":
-        found = range(len(self))[index]
-        if isinstance(found, range):
-            return self.take(np.array(found, np.int64))
-        return str(self._strings[found * self._step])
+        found = self.arrow[index]
+        return Paths(found) if isinstance(found, pa.ChunkedArray) else str(found)
 
     def __iter__(self) -> Iterator[str]:
-        for chunk in self._strings.iterchunks():
-            yield from chunk.to_pylist()[:: self._step]
+        return iter(self.arrow.to_pylist())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -234,7 +213,7 @@ class Paths(Sequence[str]):
 
     def take(self, rows: NDArray[Any]) -> "Paths":
         """Returns the paths at some positions."""
-        return Paths(self._strings.take(pa.array(rows * self._step)))
+        return Paths(self.arrow.take(pa.array(rows)))
 
 
 def dataset_from_files(

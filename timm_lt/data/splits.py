@@ -78,8 +78,7 @@ def hold_out(
         seed: A non-negative integer.
         keys: A key for each image, (N,), such as its path. The split then depends on the keys and
             not on the rows: another image in a class moves at most one other, and none of another
-            class. Validation and test are taken from the two ends of one order, so that an image
-            that leaves one does not displace an image of the other. None takes the rows.
+            class. Validation and test are taken from the two ends of one order.
         purpose: The split that is held out.
         names: Class names, (C,), for messages.
 
@@ -107,21 +106,16 @@ def hold_out(
     elif len(keys) != len(values):
         raise UsageError(f"keys must be one per image: {len(keys)} keys, {len(values)} labels")
     else:
-        order = _order_of_keys(keys, seed)
+        # A pseudo-random order of the images in which two keys never change places.
+        encoded = (key.encode() if isinstance(key, str) else key for key in keys)
+        words = [blake2b(f"{seed} ".encode() + key, digest_size=8).digest() for key in encoded]
+        order = torch.from_numpy(np.frombuffer(b"".join(words), "<u8").argsort(kind="stable"))
         order = order if purpose == "test" else order.flip(0)
     # By class, in random order within it.
     order = order[values[order].sort(stable=True).indices]
     rank = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]
     chosen = rank < held[values[order]]
     return order[~chosen].sort().values, order[chosen].sort().values
-
-
-def _order_of_keys(keys: Sequence[str | bytes], seed: int) -> Tensor:
-    """Returns a pseudo-random order of the images in which two keys never change places."""
-    start = f"{seed} ".encode()
-    encoded = (key.encode() if isinstance(key, str) else key for key in keys)
-    words = b"".join([blake2b(start + key, digest_size=8).digest() for key in encoded])
-    return torch.from_numpy(np.frombuffer(words, "<u8").argsort(kind="stable"))
 
 
 def hold_out_split(
@@ -153,24 +147,20 @@ def leave_out_small(
 ) -> tuple[dict[Split, LabelArray], dict[Split, LabelArray], list[str]]:
     """Leaves out the classes with fewer than ``min_images`` training images, and logs them.
 
-    Returns the remaining rows by split, their labels, and the class names: the old labels, if none.
+    Returns the remaining rows, their labels, and the class names, or the old labels as such.
     """
     check_integer("min_images", min_images, minimum=1)
     counts = Counter(labels["train"].tolist())
-    if names is None:
-        titles = {c: str(c) for c in np.unique(np.concatenate([*labels.values()])).tolist()}
-    else:
-        titles = dict(enumerate(names))
+    present = np.unique(np.concatenate([*labels.values()])).tolist()
+    titles = {c: str(c) for c in present} if names is None else dict(enumerate(names))
     small = {c: counts[c] for c in titles if counts[c] < min_images}
     kept = np.array([c for c in titles if c not in small], np.int64)
     if len(kept) == 0:
         raise UsageError(f"no class has {min_images} images, as min_images requires")
     if small:
-        log.info(
-            "min_images %d leaves out %d of %d classes: %s",
-            *(min_images, len(small), len(titles)),
-            ", ".join(f"{shown_path(titles[c])} ({number})" for c, number in small.items()),
-        )
+        shown = ", ".join(f"{shown_path(titles[c])} ({count})" for c, count in small.items())
+        number = f"{len(small)} of {len(titles)} classes"
+        log.info("min_images %d leaves out %s: %s", min_images, number, shown)
     rows = {split: np.flatnonzero(np.isin(values, kept)) for split, values in labels.items()}
     renumbered = {split: np.searchsorted(kept, labels[split][rows[split]]) for split in labels}
     return rows, renumbered, [titles[c] for c in kept.tolist()]
@@ -183,14 +173,10 @@ def note_classes(
     names: Sequence[str] | None,
     held_out: Sequence[Split] = (),
 ) -> None:
-    """Notes the classes that keep a run from training; a class without a test image does not.
-
-    ``held_out`` has the splits that will be held out of train.
-    """
+    """Notes the classes that keep a run from training; ``held_out`` splits are part of train."""
     for split, values in labels.items():
-        if int(values.max(initial=0)) >= num_classes:
-            fault = f"is not below the number of classes, {num_classes:,}"
-            problems.add(f"{split} split: label {values.max()} {fault}")
+        with problems.collected(f"{split} split: "):
+            check_labels(values, num_classes)
     present, counts = np.unique(labels["train"], return_counts=True)
     # The first gaps lie among so many labels, however large a wrong label is.
     start = np.arange(min(num_classes, len(present) + 6))
@@ -213,7 +199,6 @@ def note_classes(
 
 
 def _class_titles(classes: LabelArray, names: Sequence[str] | None) -> str:
-    """Returns the first classes by name, or by label if they have no names."""
     first = classes[:6].tolist()
     return shown_names([shown_path(names[c]) if names and c < len(names) else c for c in first])
 
@@ -231,10 +216,7 @@ class ImageFiles:
     def note_classes(
         self, held_out: Sequence[Split], min_images: int | None = None, num_classes: int = 0
     ) -> None:
-        """Leaves out classes below ``min_images``, and notes problems of the others.
-
-        There are at least ``num_classes`` classes, if they have no names.
-        """
+        """Leaves out classes below ``min_images``, and notes problems of the others."""
         if min_images is not None:
             rows, self.labels, self.names = leave_out_small(self.labels, self.names, min_images)
             self.files = {split: paths.take(rows[split]) for split, paths in self.files.items()}
@@ -266,11 +248,7 @@ class ImageFiles:
 
 
 def image_keys(dataset: Dataset, root: str | Path | None = None) -> list[str | bytes] | None:
-    """Returns a key for each image that depends on no other image, to hold images out by.
-
-    It is the path of a file, or the end of an image's bytes and their number. None if the images
-    are stored in another way.
-    """
+    """Returns the path of each image, or the end of its bytes and their number; else None."""
     column = dataset.data.column("image")
     if not pa.types.is_struct(column.type):
         return None
@@ -288,16 +266,7 @@ def image_keys(dataset: Dataset, root: str | Path | None = None) -> list[str | b
 
 
 def path_keys(paths: Sequence[str | None], root: str | Path | None = None) -> list[str]:
-    """Returns the paths of image files below the root, without the directory of their split.
-
-    Files outside the root keep their absolute paths. Without a root, the key of a file is its name
-    with its directory.
-
-    >>> path_keys(["/photos/cat/1.jpg", "/photos/train/cat/2.jpg"], "/photos")
-    ['cat/1.jpg', 'cat/2.jpg']
-    >>> path_keys(["/photos/cat/1.jpg"])
-    ['cat/1.jpg']
-    """
+    """Returns the paths of image files below the root, without the directory of their split."""
     # Windows separates by backslashes.
     files = [(path or "").replace(os.sep, "/") for path in paths]
     if root is None:
@@ -334,8 +303,7 @@ class Splits:
         labels: Their labels, (N,) int64, by name.
         class_counts: Training images per class, (C,).
         label_names: Class names, (C,), if known.
-        val_source: Source of the validation split: ``"val"`` itself, a part of ``"train"``, or
-            ``"test"``.
+        val_source: Split with the validation images: ``"val"``, ``"train"`` or ``"test"``.
     """
 
     datasets: Mapping[str, Dataset]
@@ -357,8 +325,8 @@ class Splits:
         """Checks the splits of a data set, and holds out those that are missing.
 
         Args:
-            datasets: The splits by name. Without ``"test"``, a part of ``"train"`` is held out for
-                it, and without ``"val"`` a part of the rest: the same images in every run.
+            datasets: The splits by name. Without ``"test"`` or ``"val"``, a part of ``"train"`` is
+                held out: the same images in every run.
             val_fraction: Part of each class for validation, in (0, 1); see :func:`hold_out`.
             test_fraction: Part of each class for the test, in (0, 1).
             protocol: With ``"paper"``, validation is the test split, and nothing is held out.
@@ -366,8 +334,7 @@ class Splits:
 
         Raises:
             UsageError: With all problems: a split is a stream or has no images, a class has too few
-                images for the splits, a label is negative or not below the number of classes, or
-                the splits name their classes differently.
+                images, a label is out of range, or the splits name their classes differently.
         """
         for dataset in datasets.values():
             check_dataset(dataset)
@@ -391,8 +358,7 @@ class Splits:
                 if own and names and own != names:
                     pairs = enumerate(zip_longest(own, names))
                     label, (name, other) = next(pair for pair in pairs if len({*pair[1]}) > 1)
-                    problem = f"label {label} is class {name!r}, not {other!r} as in train"
-                    problems.add(f"{split} split: {problem}")
+                    raise UsageError(f"label {label} is class {name!r}, not {other!r} as in train")
         if "train" not in labels:
             problems.check()
         num_classes = len(names) if names else int(labels["train"].max()) + 1
@@ -412,8 +378,6 @@ class Splits:
 
     def in_order(self, names: list[str]) -> "Splits":
         """Returns the same images with the classes in the order of their names (C,)."""
-        if names == self.label_names:
-            return self
         assert self.label_names is not None
         label_of = {name: label for label, name in enumerate(names)}
         new_labels = torch.tensor([label_of[name] for name in self.label_names])
@@ -443,11 +407,7 @@ class Splits:
         unreadable: Unreadable = "raise",
         **options: Any,
     ) -> ImageTensors:
-        """Decodes a split into memory; the options are those of :class:`ImageTensors`.
-
-        Raises:
-            UsageError: If an image cannot be read, unless such images are to be skipped.
-        """
+        """Decodes a split into memory; the options are those of :class:`ImageTensors`."""
         missing: list[int] | None = None if unreadable == "raise" else []
         with user_errors(f"{split} split", UsageError):
             images = decode_images(self.datasets[split], size, missing=missing)
@@ -472,8 +432,7 @@ def create_splits(
     Args:
         name: A name from :func:`timm_lt.list_datasets`.
         root: The folder with the files, for data sets that read files.
-        val_fraction: Part of the training images that is held out for validation if the data set
-            has no validation split.
+        val_fraction: Part of the training images for a missing validation split.
         protocol: ``"standard"``; or ``"paper"``, under which validation is the test split, for a
             data set where a paper selected so.
         options: The data set's own options.

@@ -4,7 +4,6 @@
 them, and ``KEY.lock`` is held by the process that makes them.
 """
 
-import io
 import itertools
 import json
 import math
@@ -12,12 +11,12 @@ import mmap
 import os
 import sys
 import time
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,19 +25,28 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, default_collate
 
-from timm_lt.data.fingerprint import described, digest, plain_options, tensor_fingerprint
-from timm_lt.data.items import dataset_fingerprint
+from timm_lt.data.items import (
+    dataset_fingerprint,
+    described,
+    digest,
+    plain_options,
+    tensor_fingerprint,
+)
 from timm_lt.data.loader import InOrder
 from timm_lt.utils.checks import UsageError, user_errors
 from timm_lt.utils.console import log
 from timm_lt.utils.files import flush_folder, read_json, write_atomic
 
 # Version of the file layout; it is a part of the key.
-LAYOUT = 3
+LAYOUT = 4
+# Bytes of the header of a ``.npy`` file. NumPy pads it, so that any number of rows fits in.
+HEADER = 128
 # Seconds of work that a kill may cost, beside the batch that it cut off.
 SYNC_SECONDS = 1.0
 # NumPy has no bfloat16: its bits are kept as integers.
 DTYPES = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}
+# Advice for a folder that cannot be written.
+CURE = "make room and run it again, to continue, or choose another cache_dir"
 # Functions that make a batch of the samples as they are.
 COLLATING = (default_collate, fast_collate, tuple)
 
@@ -79,13 +87,13 @@ class FeatureCache:
         self.folder, self.dtype, self.views = folder, dtype, views
         self.progress = Progress(dict(settings), dict(description))
         key = digest(LAYOUT, self.progress.description, str(dtype), views)
-        self._values_path, self._targets_path, self._counter, self._lock = (
+        self._values, self._targets, self._counter, self._lock = (
             folder / f"{key}.{end}" for end in ("values.npy", "targets.npy", "json", "lock")
         )
-        self._values: BinaryIO | None = None
-        # One buffer: a tensor per batch would keep the heap from shrinking between batches.
-        self._targets = array("q")
+        self._files: list[BinaryIO] = []
         self._synced = time.monotonic()
+        fault = f"cache_dir {folder} cannot be written"
+        self._writing = partial(user_errors, fault, cure=CURE)
 
     def read(self) -> tuple[Tensor, Tensor] | None:
         """Maps finished values (N, D) and targets (N,) without reading them; None without any.
@@ -95,7 +103,7 @@ class FeatureCache:
         try:
             if not Progress(**read_json(self._counter)).complete:
                 return None
-            return _mapped(self._values_path, self.dtype), _mapped(self._targets_path, torch.int64)
+            return _mapped(self._values, self.dtype), _mapped(self._targets, torch.int64)
         except (UsageError, ValueError, TypeError, OSError) as error:
             if self._counter.exists():
                 log.warning(
@@ -123,27 +131,27 @@ class FeatureCache:
                 yield None
                 return
             with self._writing():
-                self._values = self._continued()
-                if self._values is None:
+                if not self._continues():
                     self._discard()
-                    self._values = self._values_path.open("wb")
+                self._files = [path.open("ab") for path in (self._values, self._targets)]
+                for file, size in zip(self._files, self._sizes(), strict=True):
+                    file.truncate(size)
             try:
                 yield self.progress
             finally:
-                # The last rows may not have been written for lack of room.
-                with suppress(OSError):
-                    self._values.close()
+                for file in self._files:
+                    # The last rows may not have been written for lack of room.
+                    with suppress(OSError):
+                        file.close()
 
     def append(self, values: Tensor, targets: Tensor, view: int, images: int) -> None:
         """Adds the readable rows (B, D) and (B,) of the next batch of a view, of ``images``."""
-        progress, width = self.progress, values.shape[1]
-        with self._writing() as file:
-            if progress.width == 0:
-                file.write(self._header(0, width))
-            file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
-            self._targets.frombytes(targets.long().numpy().tobytes())
+        progress = self.progress
+        with self._writing():
+            for file, rows in zip(self._files, (values, targets.long()), strict=True):
+                file.write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
             progress.batches = progress.batches + 1 if view == progress.view else 1
-            progress.view, progress.width = view, width
+            progress.view, progress.width = view, values.shape[1]
             progress.rows += len(values)
             progress.images += images
             if time.monotonic() - self._synced >= SYNC_SECONDS:
@@ -155,68 +163,54 @@ class FeatureCache:
         Otherwise the next call would continue after these rows, to the same error.
         """
         progress = self.progress
-        try:
-            check(torch.from_numpy(np.array(self._targets)), self.views, progress.images)
-        except UsageError:
-            self._discard()
-            raise
-        with self._writing() as file:
-            file.seek(0)
-            file.write(self._header(progress.rows, progress.width))
+        with self._writing():
+            self._sync()
+            targets = torch.from_numpy(np.fromfile(self._targets, np.int64, offset=HEADER))
+            try:
+                check(targets, self.views, progress.images)
+            except UsageError:
+                self._discard()
+                raise
+            for path, kind, shape in (
+                (self._values, DTYPES[self.dtype], (progress.rows, progress.width)),
+                (self._targets, "<i8", (progress.rows,)),
+            ):
+                with path.open("r+b") as file:
+                    header = {"descr": kind, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
             progress.complete = True
             self._sync()
             flush_folder(self.folder)
 
-    def _header(self, rows: int, width: int) -> bytes:
-        """Returns the header of the values; NumPy pads it, so that any number of rows fits in."""
-        fields = {"descr": DTYPES[self.dtype], "fortran_order": False, "shape": (rows, width)}
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, fields)
-        return header.getvalue()
+    def _sizes(self) -> tuple[int, int]:
+        """Returns the bytes of both files up to the last counted row."""
+        rows, row_size = self.progress.rows, self.progress.width * self.dtype.itemsize
+        return HEADER + rows * row_size, HEADER + rows * 8
 
-    def _continued(self) -> BinaryIO | None:
-        """Opens the values of an unfinished extraction in the same batches, if they are whole."""
-        try:
-            stored = Progress(**read_json(self._counter))
-            targets = np.load(self._targets_path)[: stored.rows]
-            end = len(self._header(0, stored.width))
-            end += stored.rows * stored.width * self.dtype.itemsize
-            fits = stored.settings == self.progress.settings and not stored.complete
-            whole = len(targets) == stored.rows and self._values_path.stat().st_size >= end
-            if not (fits and whole and stored.width):
-                return None
-        except (UsageError, ValueError, TypeError, OSError):
-            return None
-        log.info("continuing %s after %d rows", self._values_path, stored.rows)
-        self.progress, self._targets = stored, array("q", targets.tobytes())
-        file = self._values_path.open("r+b")
-        file.truncate(end)
-        file.seek(end)
-        return file
+    def _continues(self) -> bool:
+        """Takes up an unfinished extraction in the same batches, if its files are whole."""
+        new = self.progress
+        with suppress(UsageError, TypeError, OSError):
+            self.progress = Progress(**read_json(self._counter))
+            found = [path.stat().st_size for path in (self._values, self._targets)]
+            whole = all(size >= end for size, end in zip(found, self._sizes(), strict=True))
+            if whole and self.progress.settings == new.settings and not self.progress.complete:
+                log.info("continuing %s after %d rows", self._values, self.progress.rows)
+                return True
+        self.progress = new
+        return False
 
     def _discard(self) -> None:
-        for path in (self._counter, self._targets_path, self._values_path):
+        for path in (self._counter, self._targets, self._values):
             path.unlink(missing_ok=True)
 
     def _sync(self) -> None:
         """Puts the rows on the disk, and only then counts them."""
-        if self._values is not None:
-            self._values.flush()
-            os.fsync(self._values.fileno())
-        targets = io.BytesIO()
-        np.save(targets, np.array(self._targets))
-        write_atomic(self._targets_path, targets.getvalue())
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
         write_atomic(self._counter, json.dumps(asdict(self.progress), indent=2))
         self._synced = time.monotonic()
-
-    @contextmanager
-    def _writing(self) -> Iterator[BinaryIO]:
-        cure = (
-            "make room and run it again, to continue after the last whole batch, or choose another "
-            "cache_dir"
-        )
-        with user_errors(f"cache_dir {self.folder} cannot be written", cure=cure):
-            yield cast(BinaryIO, self._values)
 
 
 def _mapped(path: Path, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import datasets
 import torch
@@ -24,7 +24,7 @@ from timm_lt.data.items import as_tensor, images_and_labels
 from timm_lt.data.loader import Loader, loaded
 from timm_lt.heads import classifier_name, find_classifiers
 from timm_lt.utils.accelerator import torch_defaults, unwrapped
-from timm_lt.utils.checks import UsageError, check_integer, check_literals, unknown_name
+from timm_lt.utils.checks import UsageError, check_choice, check_integer, unknown_name
 from timm_lt.utils.console import log
 from timm_lt.utils.longtail import check_labels
 
@@ -184,11 +184,10 @@ def extract_features(
     The model runs in evaluation mode without gradients, and is afterwards as it was before.
 
     With ``cache_dir`` the features are written to NumPy files batch by batch and mapped from them,
-    so memory holds one batch. The files are named by a digest of the backbone (not of the
-    classifier), of the samples in their order with their transform, and of the options; batch size,
-    processes and workers do not count. Finished files are opened without running the model. Files
-    of a killed process are continued after the last whole batch, if batch size and number of
-    processes are the same. A second process that asks for the same features waits for the first.
+    so memory holds one batch. The files are named by a digest of the backbone (not the classifier),
+    the samples in their order with their transform, and the options. Finished files are opened
+    without running the model. Files of a killed process are continued after the last whole batch,
+    if batch size and number of processes are the same; a second process waits for the first.
 
     Args:
         model: A timm model with a classifier, which may be wrapped in DistributedDataParallel,
@@ -222,8 +221,8 @@ def extract_features(
             prepared for several processes. With ``cache_dir``, also if the loader draws its images,
             its samples cannot be identified without a key, or the folder cannot be written.
     """
-    options = {"dtype": dtype, "compute_dtype": compute_dtype, "views": views}
-    check_literals("extract_features", extract_features, options)
+    check_choice("dtype", dtype, get_args(StoredDtype))
+    check_choice("compute_dtype", compute_dtype, get_args(ComputeDtype))
     check_integer("views", views, minimum=1)
     if isinstance(loader, Dataset | datasets.Dataset | Tensor) or not hasattr(loader, "__iter__"):
         raise UsageError(
@@ -381,22 +380,16 @@ class _Extraction:
             return batch[0].float().cpu(), batch[1].cpu()
 
     def _on_main(self, act: Callable[..., T], *arguments: Any) -> T:
-        """Acts in the main process; the result or the error is that of every process."""
+        """Acts in the main process; every process gets the result, or the error of the user."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return act(*arguments)
         outcome: list[Any] = [None, None]
-        failure: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 outcome[0] = act(*arguments)
             except UsageError as error:
-                failure, outcome[1] = error, str(error)
-            except Exception as error:  # noqa: BLE001 - else the other processes wait for ever
-                failure = error
-                outcome[1] = f"the main process failed with {type(error).__name__}: {error}"
+                outcome[1] = str(error)
         result, problem = broadcast_object_list(outcome)
-        if failure is not None:
-            raise failure
         if problem is not None:
             raise UsageError(problem)
         return cast(T, result)
@@ -455,13 +448,6 @@ class FeatureTap:
     """Keeps the input of a timm model's classifier, forward pass by forward pass.
 
     With ``ends``, a forward pass ends before the classifier.
-
-    >>> import timm, torch
-    >>> model = timm.create_model("test_resnet", num_classes=3)
-    >>> tap = FeatureTap(model)
-    >>> logits = model(torch.zeros(2, 3, 32, 32))
-    >>> torch.equal(model.fc(tap.take()), logits)
-    True
     """
 
     def __init__(
@@ -471,7 +457,7 @@ class FeatureTap:
         self._classifier = find_classifiers(model)[chosen_classifier(model, classifier)]
         self._taken: Tensor | None = None
         # Not forward_head(pre_logits=True): for some architectures that is not the input.
-        self._hook = self._classifier.register_forward_pre_hook(self._take)
+        self.hook = self._classifier.register_forward_pre_hook(self._take)
 
     def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._taken = inputs[0]
@@ -493,10 +479,6 @@ class FeatureTap:
                 f"but {type(self._model).__name__} {found}"
             )
         return taken
-
-    def remove(self) -> None:
-        """Removes the hook from the model."""
-        self._hook.remove()
 
 
 @contextmanager
@@ -523,7 +505,7 @@ def backbone(
     with ExitStack() as stack:
         _prepare(model, stack, low=low)
         tap = FeatureTap(model, classifier, ends=True)
-        stack.callback(tap.remove)
+        stack.callback(tap.hook.remove)
         # Off also for the caller's autocast; within it, weights are cast once, not per batch.
         stack.enter_context(autocast(enabled=False))
         yield features

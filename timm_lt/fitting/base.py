@@ -26,8 +26,8 @@ from timm_lt.utils.checks import (
     Registry,
     UsageError,
     check_choice,
+    check_fields,
     check_integer,
-    check_literals,
     check_mapping,
     check_number,
     check_options,
@@ -152,7 +152,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         owner, options = f"head {self.name!r}", vars(self)
-        check_literals(owner, type(self), options)
+        check_fields(self, owner)
         chosen = {field.name for field in fields(self) if field.default is None}
         given = {k: value for k, value in options.items() if value is not None or k not in chosen}
         for key in RANGES.keys() & given:
@@ -311,44 +311,6 @@ def selection_record(
     return record | more
 
 
-def compare_heads(
-    preds: Mapping[str, Tensor],
-    targets: Tensor,
-    counts: Tensor,
-    *,
-    objective: Objective = "all",
-    rule: ShotRule = "fb",
-) -> dict[str, Any]:
-    """Compares heads by their predictions (N,) on validation.
-
-    The selection record has the best ``head``; ``objective``, ``split`` and ``val_accuracy``, its
-    value; ``compared``, the value of each head; their 95 % bootstrap ``intervals`` over the images;
-    and ``behind``, the intervals of the difference between the best head and each.
-    """
-    if not preds:
-        raise UsageError("auto needs at least one head to choose from; heads is empty")
-    reports = {name: shot_accuracy(given, targets, counts, rule) for name, given in preds.items()}
-    values = {name: objective_value(report, objective) for name, report in reports.items()}
-    # The class mean breaks ties, e.g. where the worst class is 0 for all.
-    best = max(values, key=lambda name: (values[name], reports[name].class_mean))
-    field = objective_field(objective)
-    intervals = {name: confidence_intervals(r, counts)[field] for name, r in reports.items()}
-    given = (targets, counts)
-    behind = {
-        name: paired_difference(preds[best], other, *given, objective=objective, rule=rule)[1:]
-        for name, other in preds.items()
-    }
-    return {
-        "head": best,
-        "objective": objective,
-        "split": "val",
-        "val_accuracy": values[best],
-        "compared": [list(pair) for pair in values.items()],
-        "intervals": {name: list(interval) for name, interval in intervals.items()},
-        "behind": {name: list(interval) for name, interval in behind.items()},
-    }
-
-
 def take_best(
     heads: Mapping[str, Head],
     preds: Mapping[str, Tensor],
@@ -359,9 +321,27 @@ def take_best(
 ) -> Head:
     """Returns a copy of the head whose predictions (N,) on validation are best.
 
-    Its ``selection`` is the record of :func:`compare_heads`, with its own selection as ``options``.
+    Its selection record has the best ``head``; ``objective``, ``split`` and ``val_accuracy``, its
+    value; ``compared``, the value of each head; their 95 % bootstrap ``intervals`` over the images;
+    ``behind``, the intervals of the difference between the best head and each; and ``options``, the
+    head's own selection.
     """
-    record = compare_heads(preds, targets, class_counts, objective=objective, rule=rule)
-    best = copy.deepcopy(heads[record["head"]])
-    best.selection = record | ({"options": best.selection} if best.selection else {})
-    return best
+    if not preds:
+        raise UsageError("auto needs at least one head to choose from; heads is empty")
+    reports = {k: shot_accuracy(p, targets, class_counts, rule) for k, p in preds.items()}
+    values = {name: objective_value(report, objective) for name, report in reports.items()}
+    # The class mean breaks ties, e.g. where the worst class is 0 for all.
+    best = max(values, key=lambda name: (values[name], reports[name].class_mean))
+    field, intervals, behind = objective_field(objective), {}, {}
+    for name, other in preds.items():
+        intervals[name] = list(confidence_intervals(reports[name], class_counts)[field])
+        difference = paired_difference(
+            preds[best], other, targets, class_counts, objective=objective, rule=rule
+        )
+        behind[name] = list(difference[1:])
+    head = copy.deepcopy(heads[best])
+    record = {"head": best, "objective": objective, "split": "val", "val_accuracy": values[best]}
+    record |= {"compared": [list(pair) for pair in values.items()]}
+    record |= {"intervals": intervals, "behind": behind}
+    head.selection = record | ({"options": head.selection} if head.selection else {})
+    return head

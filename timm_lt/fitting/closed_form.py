@@ -34,9 +34,8 @@ def class_means(
 ) -> dict[FeatureSpace, Tensor]:
     """Returns the means (C, D) of each class's rows in each space, from one pass over the rows.
 
-    Nearby rows of a class are read and added up together, weighted with their inverse norms.
-    Memory is that of the sums and of a few hundred rows. The mean of a class without rows is NaN.
-    ``feature_mean`` (D,) is that of the training features, for ``"centered_l2"``.
+    The mean of a class without rows is NaN. ``feature_mean`` (D,) is that of the training features,
+    for ``"centered_l2"``.
 
     >>> values, targets = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1])
     >>> class_means(values, targets, 2)["raw"].tolist()

@@ -65,14 +65,12 @@ SMALLEST, LOG_SMALLEST = 1e-35, -80.0
 class IntervalFinder:
     """Finds the taus at which labels win; slopes (C,) float64 are ``log‖w_c‖`` or ``log prior_c``.
 
-    All is computed in the type of the logits: each bound is right for logits that differ from the
-    given ones by a few of their roundings, and right at ``tau = 0`` for the given ones. Lines are
-    logarithms of the logits for tau-normalisation.
+    All is computed in the type of the logits: a bound is right up to a few of their roundings, and
+    exactly right at ``tau = 0``.
     """
 
     def __init__(self, slopes: Tensor, *, logarithmic: bool, dtype: torch.dtype) -> None:
-        self.slopes = slopes
-        self.logarithmic = logarithmic
+        self.slopes, self.logarithmic = slopes, logarithmic
         self.classes = torch.arange(len(slopes)).to(dtype)
         # They differ where slopes do; float32 counts exactly up to 16 million.
         self.ranks = slopes.unique(return_inverse=True)[1].to(dtype)
@@ -278,8 +276,7 @@ class AccuracyCurve:
             objective: An objective of :func:`timm_lt.fit_head`.
 
         Raises:
-            UsageError: If the curve has no class counts, which the objective needs, or the split
-                has no image of the shot group.
+            UsageError: If the curve lacks the class counts, or the split an image, of a shot group.
         """
         edges, values = self.steps(objective)
         order = [values]

@@ -34,13 +34,10 @@ class WeightGenerator(nn.Module):
     """Generates the weight of a class from some of its features and the base classes' weights.
 
     With unit features ``z_i`` of the class, unit weights ``w_b`` of the base classes and keys
-    ``k_b``, all learned but the features:
+    ``k_b``; the initial values are those of the authors' code:
 
         ``w' = phi_avg ⊙ mean_i z_i
         + phi_att ⊙ mean_i sum_b softmax_b(gamma cos(phi_q z_i, k_b)) w_b``.
-
-    It starts with ``phi_avg = phi_att = 1``, ``phi_q = I`` with noise of 0.001, and keys of
-    variance 2 / D, as the authors' code does.
 
     References:
         Gidaris and Komodakis, CVPR 2018, section 3.2, https://arxiv.org/abs/1804.09458
@@ -141,9 +138,8 @@ class FSLwFFit(TrainedFit):
         if number < 2 or number == len(mask):
             raise UsageError(
                 f"head 'fslwf' needs two base classes and a novel one: {number} of {len(mask)} "
-                f"classes have {having} training images, and classes have {int(counts.min())} to "
-                f"{int(counts.max())}; choose another base: 'many_shot', 'many_and_medium', or the "
-                "fewest images of a base class"
+                f"classes have {having} training images (all: {int(counts.min())} to "
+                f"{int(counts.max())}); choose another base"
             )
         fake_novel = max(number // 4, 1) if self.fake_novel is None else self.fake_novel
         if fake_novel >= number:

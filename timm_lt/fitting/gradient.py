@@ -77,9 +77,7 @@ class TrainedFit(Fit):
 
     def updates(self, images: int) -> int:
         """Returns the number of updates for so many images."""
-        return self.length.updates(
-            images, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps
-        )
+        return self.length.updates(images, self.batch_size, self.epochs, self.steps)
 
     def train(
         self,
@@ -142,10 +140,7 @@ class LinearFit(Fit):
     def _fit(self, data: FitData) -> LinearHead:
         if data.classifier is not None:
             if self.solver is not None or self.weight_decay is not None:
-                raise UsageError(
-                    "solver and weight_decay of head 'linear' have no effect with a joint "
-                    "classifier; remove them"
-                )
+                raise UsageError("head 'linear' takes no solver or weight_decay with a classifier")
             return LinearHead.from_classifier(data.classifier)
         features = data.features
         linear = seeded_linear(features.num_features, data.num_classes, seed=data.seed)
@@ -157,7 +152,7 @@ class LinearFit(Fit):
             head,
             features,
             seed=data.seed,
-            steps=CRT_LENGTH.updates(features.num_images),
+            steps=CRT_LENGTH.updates(features.num_images, BATCH_SIZE),
             lr=0.2,
             weight_decay=SGD_WEIGHT_DECAY if self.weight_decay is None else self.weight_decay,
             sampler="instance_balanced",
@@ -376,9 +371,8 @@ def add_smote_rows(
 ) -> Features:
     """Appends synthetic rows until each class has ``target`` rows, or those of the largest class.
 
-    A synthetic row is ``x + u (x' − x)``: ``x'`` is one of the ``k = min(5, n − 1)`` nearest rows
-    of the same class with n rows, and ``u`` is uniform in [0, 1]. The row of a class with one row
-    is repeated. The result is in memory.
+    A synthetic row is ``x + u (x' − x)``, with ``x'`` one of the ``min(5, n − 1)`` nearest of the n
+    rows of the class and ``u`` uniform in [0, 1]. A single row of a class is repeated.
 
     References:
         Chawla et al., SMOTE: Synthetic Minority Over-sampling Technique, JAIR 2002,

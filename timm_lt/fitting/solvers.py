@@ -55,8 +55,7 @@ def descend(
 ) -> None:
     """Trains the parameters of head ``name`` by SGD with momentum 0.9.
 
-    ``backward`` sets the gradients of an update, given its number; ``after`` is called with the
-    number of updates so far; ``options`` are those of ``torch.optim.SGD``.
+    ``backward`` takes the number of an update, and ``after`` that of the updates so far.
     """
     # Fused kernels round differently.
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, fused=fused, **options)
@@ -93,13 +92,9 @@ def train_head(
 ) -> None:
     """Trains the trainable parameters of a head, in place, by SGD on batches of features.
 
-    The settings are those of Kang et al.: momentum 0.9, weight decay 5e-4 on all trained parameters
-    (also the scales of lws), batch size 512, cosine learning rate to zero. The whole training is
-    one epoch of the sampler; an epoch of the loss, by default cross-entropy, has N rows.
-
-    ``backward`` sets the gradients for the rows of given indices, in place of the loss.
-    ``undecayed`` are parameters that are trained without weight decay, of the head or others.
-    ``options`` are those of :func:`descend`.
+    The settings are those of Kang et al. The whole training is one epoch of the sampler; an epoch
+    of the loss has N rows. ``backward`` takes row indices and replaces the loss; ``undecayed`` may
+    also be parameters outside the head; ``options`` are those of :func:`descend`.
     """
     free = {id(parameter) for parameter in undecayed}
     decayed = [p for p in head.parameters() if p.requires_grad and id(p) not in free]
@@ -138,8 +133,7 @@ def _differentiate(head: Head, features: Features, loss: nn.Module) -> Backward:
 def scale_gradient(head: LWSHead, features: Features) -> Backward:
     """Returns a function that computes the gradient of the cross-entropy in the scales of lws.
 
-    With ``u`` the logits of the frozen classifier, the head's are ``s ∘ u`` (``u`` includes the
-    bias) or ``s ∘ u + b``; the gradient is the mean of ``(p − y) ∘ u``. The logits ``u`` are
+    It is the mean of ``(p − y) ∘ u``, where ``u`` are the logits of the frozen classifier; they are
     computed once, or, if they need more than 4 GiB, for each batch.
     """
     weight, bias = head.weight, head.bias
@@ -179,12 +173,9 @@ def solve_linear(
     """Minimises the cross-entropy of a linear classifier by L-BFGS, from a weight and a bias.
 
     The objective ``Σ_i share_i ℓ(W x_i + b + offset, y_i) + weight_decay / 2 · ‖W‖²`` is convex, so
-    the result is deterministic. Features are read in blocks and may be larger than memory.
-
-    ``shares`` are weights of a row by its class, (C,), which add up to 1 over all rows. ``offset``
-    (C,) is added to the logits. With ``log n_c`` and equal shares the loss is balanced softmax (Ren
-    et al., Balanced Meta-Softmax for Long-Tailed Visual Recognition, NeurIPS 2020, equation 4,
-    https://arxiv.org/abs/2007.10740).
+    the result is deterministic. ``shares`` (C,) are the weights of a row by its class, which add up
+    to 1 over all rows. With ``offset`` (C,) ``log n_c`` and equal shares the loss is balanced
+    softmax (Ren et al., NeurIPS 2020, equation 4, https://arxiv.org/abs/2007.10740).
     """
     values, num_classes = features.values, len(weight)
     # Scale features to root mean square 1: with tiny features the first steps would be lost in

@@ -1,7 +1,8 @@
 """Finding the classifiers of a timm model, one or several, and replacing them by heads."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +28,11 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
     """
     main = _main_classifiers(model)
     if not main:
-        roots = _classifier_roots(model)
-        found = ", ".join(type(root).__name__ for root in roots) or "no get_classifier method"
-        absent = {type(root) for root in roots} == {nn.Identity}
+        kinds = [type(root).__name__ for root in _classifier_roots(model)]
         raise UsageError(
-            f"{type(model).__name__} has no classifier that a head can replace: found {found}, "
-            f"expected nn.Linear or a 1×1 convolution"
-            f"{'; create the model with num_classes >= 1' if absent else ''}"
+            f"{type(model).__name__} has no classifier that a head can replace: found "
+            f"{', '.join(kinds) or 'no get_classifier method'}, expected nn.Linear or a 1×1 "
+            "convolution; create a timm model with num_classes >= 1"
         )
     # The configuration of VOLO also names an auxiliary classifier.
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
@@ -47,15 +46,14 @@ def find_classifiers(model: nn.Module) -> dict[str, Classifier]:
 
 def _classifier_roots(model: nn.Module) -> list[Any]:
     """Returns the parts of what a model's ``get_classifier`` returns; empty if it has none."""
-    get_classifier: Any = getattr(model, "get_classifier", tuple)
-    return _as_modules(get_classifier())
+    return _as_modules(getattr(model, "get_classifier", tuple)())
 
 
 def _main_classifiers(model: nn.Module) -> set[int]:
     """Returns the ids of the linear modules in a model's ``get_classifier()``."""
     num_classes = getattr(model, "num_classes", None)
-    roots = _classifier_roots(model)
-    return {id(leaf) for root in roots for leaf in _linear_leaves(root, num_classes)}
+    leaves = [_linear_leaves(root, num_classes) for root in _classifier_roots(model)]
+    return set(map(id, itertools.chain(*leaves)))
 
 
 def is_classifier(module: object) -> bool:
@@ -74,17 +72,15 @@ def _linear_leaves(module: nn.Module, num_classes: int | None) -> Iterator[nn.Mo
     """Yields the last linear module of each branch of a classifier; none of a non-module."""
     if is_classifier(module):
         yield module
-    if is_classifier(module) or not isinstance(module, nn.Module):
-        return
-    last = None
-    for child in module.children():
-        if not is_classifier(child):
-            yield from _linear_leaves(child, num_classes)
-        elif num_classes in (None, as_linear(child).out_features):  # type: ignore[arg-type]
-            # The hidden layer of an MLP comes before its output.
-            last = child
-    if last is not None:
-        yield last
+    elif isinstance(module, nn.Module):
+        last = []
+        for child in module.children():
+            if not is_classifier(child):
+                yield from _linear_leaves(child, num_classes)
+            elif num_classes in (None, as_linear(child).out_features):  # type: ignore[arg-type]
+                # The hidden layer of an MLP comes before its output.
+                last = [child]
+        yield from last
 
 
 def as_joint(classifier: nn.Module | Sequence[nn.Module]) -> nn.Linear:
@@ -93,13 +89,11 @@ def as_joint(classifier: nn.Module | Sequence[nn.Module]) -> nn.Linear:
     >>> as_joint(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)))
     Linear(in_features=8, out_features=3, bias=True)
     """
-    modules = _as_modules(classifier)
-    leaves = [leaf for module in modules for leaf in _linear_leaves(module, None)]
-    if len(leaves) != 1 or not all(isinstance(module, nn.Module) for module in modules):
-        kinds = ", ".join(type(module).__name__ for module in modules)
+    leaves = [leaf for module in _as_modules(classifier) for leaf in _linear_leaves(module, None)]
+    if len(leaves) != 1:
         raise UsageError(
             "classifier= takes a module with one linear classifier, such as "
-            f"model.get_classifier(); got {kinds} with {len(leaves)}"
+            f"model.get_classifier(); got {type(classifier).__name__} with {len(leaves)}"
         )
     return as_linear(leaves[0])  # type: ignore[arg-type]
 
@@ -133,22 +127,22 @@ def put_heads(model: nn.Module, heads: Mapping[str, Classifier]) -> None:
     for path, head in heads.items():
         model.set_submodule(path, head)
     main = _main_classifiers(model)
-    kinds = {}
+    create = {}
     for path, head in heads.items():
         if isinstance(head, Head):
             head.auxiliary = id(head) not in main
-            kinds[path] = (head.kind, head.options())
+            create[path] = functools.partial(head.from_classifier, **head.options())
     # A compiled model passes attributes on to the one inside of it.
     model = getattr(model, "_orig_mod", model)
     model.__dict__.pop("reset_classifier", None)
-    if kinds:
+    if create:
         # A partial on the instance survives deepcopy and pickle, a closure would not.
-        model.reset_classifier = functools.partial(_reset_classifier, model, kinds)
+        model.reset_classifier = functools.partial(_reset_classifier, model, create)
 
 
 def _reset_classifier(
     model: nn.Module,
-    kinds: dict[str, tuple[str, dict[str, Any]]],
+    create: Mapping[str, Callable[[Classifier], Head]],
     num_classes: int,
     *args: Any,
     **kwargs: Any,
@@ -156,12 +150,9 @@ def _reset_classifier(
     """Calls timm's ``reset_classifier``, then puts heads on the new classifiers."""
     type(model).reset_classifier(model, num_classes, *args, **kwargs)  # type: ignore[attr-defined]
     if num_classes > 0:
-        first = next(iter(kinds.values()))
-        heads = {}
-        for path, classifier in find_classifiers(model).items():
-            kind, options = kinds.get(path, first)
-            heads[path] = HEADS[kind].from_classifier(classifier, **options)
-        put_heads(model, heads)
+        first = next(iter(create.values()))
+        new = find_classifiers(model)
+        put_heads(model, {path: create.get(path, first)(new[path]) for path in new})
 
 
 def set_head(
@@ -196,15 +187,12 @@ def set_head(
         if options.get("class_counts") is not None:
             num_classes = as_linear(next(iter(present.values()))).out_features
             names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
-            names = names if len(names) == num_classes else None
             counts = check_class_counts(options["class_counts"], num_classes, names)
             options["class_counts"] = counts
         for old in present.values():
             _check_statistics(old, fits="weight" in getattr(old, "own_state", ()))
-        cls = HEADS[head]
-        put_heads(
-            model, {path: cls.from_classifier(old, **options) for path, old in present.items()}
-        )
+        create = HEADS[head].from_classifier
+        put_heads(model, {path: create(old, **options) for path, old in present.items()})
         return model
     if options:
         raise UsageError(
@@ -229,8 +217,7 @@ def _replacement(path: str, old: Classifier, new: Classifier) -> Classifier:
     shapes = [tuple(as_linear(part).weight.shape) for part in (new, old)]
     if shapes[0] != shapes[1]:
         raise UsageError(
-            f"the head is {shapes[0]} (classes, features) but the model's classifier {path!r} is "
-            f"{shapes[1]}"
+            f"the head is {shapes[0]} (classes, features) but classifier {path!r} is {shapes[1]}"
         )
     _check_statistics(old, fits=bool(getattr(new, "backbone_statistics", None)))
     spatial = old.spatial if isinstance(old, Head) else is_pointwise(old)
@@ -287,15 +274,14 @@ def statistics_of(heads: Iterable[nn.Module], model: nn.Module) -> dict[str, Ten
     for head in heads:
         for key, value in (getattr(head, "backbone_statistics", None) or {}).items():
             if key not in state or state[key].shape != value.shape:
-                present = tuple(state[key].shape) if key in state else "missing"
                 raise UsageError(
-                    f"the head's batch-norm statistics are not the model's: {key} is "
-                    f"{tuple(value.shape)} in the head and {present} in {type(model).__name__}"
+                    f"the head's batch-norm statistics are not the model's: {type(model).__name__} "
+                    f"has no {key} of shape {tuple(value.shape)}"
                 )
             if key in statistics and not torch.equal(statistics[key], value):
                 raise UsageError(
-                    f"the heads have different batch-norm statistics, for instance {key}, but the "
-                    "backbone can only have one; choose heads that were trained with the same"
+                    f"the heads have different batch-norm statistics, for instance {key}; choose "
+                    "heads that were trained with the same"
                 )
             statistics[key] = value
     return statistics

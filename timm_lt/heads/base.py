@@ -4,9 +4,9 @@ A head has the keys ``weight`` and ``bias`` of the classifier that it replaces, 
 ``F.linear(head.transform(features), *head.effective())``.
 """
 
+import functools
 import inspect
 import math
-import operator
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
@@ -27,28 +27,22 @@ def as_linear(classifier: nn.Linear | nn.Conv2d) -> nn.Linear:
     """Returns an ``nn.Linear`` unchanged, and a 1×1 convolution as one with the same memory."""
     if isinstance(classifier, nn.Linear):
         return classifier
-    linear = nn.Linear(1, 1, device="meta")
-    linear.in_features, linear.out_features = classifier.in_channels, classifier.out_channels
+    linear = nn.Linear(classifier.in_channels, classifier.out_channels, device="meta")
     weight = classifier.weight
     linear.weight = nn.Parameter(weight.detach().flatten(1), weight.requires_grad)
     linear.bias = classifier.bias  # type: ignore[assignment]
     return linear.train(classifier.training)
 
 
-# Types of ordinary tensors, as opposed to fake tensors, proxies and wrappers of transforms.
-PLAIN = (Tensor, nn.Parameter)
-
-
 # Not a tuple, which TorchScript would take for an attribute to compile.
 @dataclass(frozen=True, eq=False)
 class _Cached:
-    """Effective weights, and the state that they were computed from."""
+    """Effective weights, and marks of the state that they were computed from."""
 
-    state: tuple[Tensor, ...]
     marks: tuple[object, ...]
-    # References to the memory, so that no other tensor can get its address.
-    memory: tuple[Tensor, ...]
     weights: tuple[Tensor, Tensor | None]
+    # The state and its memory, so that no other tensor can get the same id or address.
+    references: tuple[Tensor, ...]
 
 
 class Head(nn.Linear):
@@ -93,8 +87,7 @@ class Head(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.spatial = False
-        self.auxiliary = False
+        self.spatial = self.auxiliary = False
         self.backbone_statistics: dict[str, Tensor] | None = None
         self.selection: dict[str, Any] = {}
         if not self.uses_bias:
@@ -157,19 +150,16 @@ class Head(nn.Linear):
             UsageError: If the head is not linear in the features, even up to a positive factor.
         """
         self.check_fitted()
-        weight, bias = (None if t is None else t.detach() for t in self._folded())
-        assert weight is not None
+        weight, bias = self._folded()
         if bias is None and self.bias is not None:
             bias = torch.zeros_like(self.bias, dtype=weight.dtype)
-        size, has_bias = (self.in_features, self.out_features), bias is not None
-        plain: nn.Linear | nn.Conv2d
-        # On the meta device: no memory, no random numbers.
+        create: Callable[..., nn.Linear | nn.Conv2d] = nn.Linear
         if self.spatial:
-            plain = nn.Conv2d(*size, 1, bias=has_bias, device="meta")
-        else:
-            plain = nn.Linear(*size, bias=has_bias, device="meta")
-        plain.weight = nn.Parameter(weight.view(plain.weight.shape).clone())
-        plain.bias = None if bias is None else nn.Parameter(bias.clone())
+            create = functools.partial(nn.Conv2d, kernel_size=1)
+        # On the meta device: no memory, no random numbers.
+        plain = create(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.detach().view(plain.weight.shape).clone())
+        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         return plain.train(self.training)
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
@@ -210,8 +200,9 @@ class Head(nn.Linear):
         every = (*self._parameters.values(), *self._buffers.values())
         state = tuple(tensor for tensor in every if tensor is not None)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in state)
-        # A trace would take the cache for a constant, or leave its placeholders in it.
-        tracing = torch.jit.is_tracing() or type(input) not in PLAIN  # type: ignore[attr-defined,no-untyped-call]
+        # A trace would take the cache for a constant, or leave fake tensors and proxies in it.
+        ordinary = type(input) in (Tensor, nn.Parameter)
+        tracing = torch.jit.is_tracing() or not ordinary  # type: ignore[attr-defined,no-untyped-call]
         # A parametrised weight is computed from tensors in a submodule.
         off = self.training or learning or tracing or bool(self._modules)
         marks = None if off else _marks(state)
@@ -221,14 +212,13 @@ class Head(nn.Linear):
             self.check_fitted()
             return self.effective()
         cached: _Cached | None = self.__dict__["_cached"]
-        known = cached is not None and cached.marks == marks
-        if cached is None or not known or any(map(operator.is_not, cached.state, state)):
+        if cached is None or cached.marks != marks:
             self.check_fitted()
             # An inference tensor could not be used outside of inference mode afterwards.
             with torch.inference_mode(mode=False), torch.no_grad():
                 weights = self.effective()
-            memory = tuple(tensor.detach() for tensor in state)
-            cached = self.__dict__["_cached"] = _Cached(state, marks, memory, weights)
+            references = (*state, *(tensor.detach() for tensor in state))
+            cached = self.__dict__["_cached"] = _Cached(marks, weights, references)
         return cached.weights
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
@@ -276,7 +266,7 @@ class Head(nn.Linear):
 def _marks(state: tuple[Tensor, ...]) -> tuple[object, ...] | None:
     """Returns values that change when a tensor is written to; None for tensors without versions."""
     try:
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in state]
+        versions = [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in state]
     except RuntimeError:
         return None
     # On a GPU, autocast computes norms in another type.

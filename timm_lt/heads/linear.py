@@ -183,16 +183,11 @@ class TrainingLength:
     min_updates: int
 
     def updates(
-        self,
-        images: int,
-        *,
-        batch_size: int = BATCH_SIZE,
-        epochs: int | None = None,
-        steps: int | None = None,
+        self, images: int, batch_size: int, epochs: int | None = None, steps: int | None = None
     ) -> int:
         """Returns the number of updates; ``epochs`` and ``steps`` override the default length.
 
-        >>> CRT_LENGTH.updates(115_846), CRT_LENGTH.updates(10_847)
+        >>> CRT_LENGTH.updates(115_846, 512), CRT_LENGTH.updates(10_847, 512)
         (2260, 1000)
         >>> CRT_LENGTH.updates(10_847, batch_size=128, epochs=2)
         168

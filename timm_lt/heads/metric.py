@@ -51,23 +51,13 @@ class NCMHead(Head):
         self._set_unfitted("feature_mean", self.in_features)
         self._freeze(self.weight)
 
-    def feature_space(self, features: Tensor) -> Tensor:
-        """Maps raw features (..., D) to the space (..., D) of the class means."""
-        if self.features == "raw":
-            return features
-        if self.features == "l2":
-            return F.normalize(features, dim=-1)
-        centered = features - self.feature_mean
-        norm = torch.linalg.vector_norm(centered, dim=-1, keepdim=True).clamp_min(1e-12)
-        # In place if no gradient needs the operand: a third of the time.
-        return centered / norm if torch.is_grad_enabled() else centered.div_(norm)
-
     def transform(self, features: Tensor) -> Tensor:
         """Maps raw features (..., D) to those that are compared with the class means."""
-        if self.metric == "cosine" and self.features == "raw":
-            return F.normalize(features, dim=-1)
-        # The other spaces have unit length for both metrics.
-        return self.feature_space(features)
+        if self.features == "raw" and self.metric == "euclidean":
+            return features
+        if self.features == "centered_l2":
+            features = features - self.feature_mean
+        return F.normalize(features, dim=-1)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Returns (m_c / ‖m_c‖, None) for cosine and (2 m_c, −‖m_c‖²) for Euclidean."""
@@ -180,13 +170,7 @@ class OLTRHead(_ScaledCosineHead):
         https://arxiv.org/abs/1904.05160
     """
 
-    fitted_state = (
-        "centroids",
-        "memory_weight",
-        "memory_bias",
-        "selector_weight",
-        "selector_bias",
-    )
+    fitted_state = ("centroids", "memory_weight", "memory_bias", "selector_weight", "selector_bias")
     own_state = ("weight", *fitted_state)
     fixed_options = ("reach", "squash")
     centroids: Tensor
@@ -218,15 +202,12 @@ class OLTRHead(_ScaledCosineHead):
         # v = enriched · reach / distance is infinite at a centroid. Without the quotient,
         # v' = enriched · ‖enriched‖^(p − 1) / (far^p + ‖enriched‖^p), p = 1 or 2.
         far = self.distance(features) / self.reach
-        norm = torch.linalg.vector_norm(enriched, dim=-1, keepdim=True)
-        squashed: Tensor
+        norm: Tensor = torch.linalg.vector_norm(enriched, dim=-1, keepdim=True)
         if self.squash == "linear":
-            squashed = enriched / (far + norm).clamp_min(1e-12)
-        else:
-            # A product of numbers below 1: the squares could overflow in half precision.
-            both = torch.hypot(far, norm).clamp_min(1e-12)
-            squashed = (enriched / both) * (norm / both)
-        return squashed
+            return enriched / (far + norm).clamp_min(1e-12)
+        # A product of numbers below 1: the squares could overflow in half precision.
+        both = torch.hypot(far, norm).clamp_min(1e-12)
+        return (enriched / both) * (norm / both)
 
     def distance(self, features: Tensor) -> Tensor:
         """Returns the distance of features (..., D) to the nearest centroid, (..., 1)."""

@@ -48,11 +48,9 @@ def check_logits(logits: object, num_images: int, num_classes: int) -> None:
         if isinstance(logits, Tensor):
             found = f"{tuple(logits.shape)} of {logits.dtype}"
         raise UsageError(f"logits must be a floating-point tensor (N, C) = {shape}, got {found}")
-    # The sum of a row is finite unless a logit is not, or the row overflows.
-    suspects = (~logits.sum(1).isfinite()).nonzero().flatten()
-    wrong: list[int] = suspects[~logits[suspects].isfinite().all(1)].tolist()
-    if wrong:
-        raise UsageError(f"logits must be finite: row {wrong[0]} is not")
+    finite = logits.isfinite().all(1)
+    if not finite.all():
+        raise UsageError(f"logits must be finite: row {int(finite.int().argmin())} is not")
 
 
 def judge(logits: Tensor, targets: Tensor) -> Outcomes:
@@ -245,13 +243,11 @@ class ShotMetrics:
             )
         of_groups = self._bins.view(3, len(self._groups), ECE_BINS)
         bins = _describe_bins(of_groups.sum(1))
+        errors = [_bin_error(_describe_bins(sums)) for sums in of_groups.unbind(1)]
         return {
             "top5": int(self._counts[3].sum()) / images,
             "ece": _bin_error(bins),
-            "ece_per_group": {
-                name: _bin_error(_describe_bins(of_groups[:, k]))
-                for k, name in enumerate(self._group_names)
-            },
+            "ece_per_group": dict(zip(self._group_names, errors, strict=True)),
             "reliability": bins,
         }
 
@@ -338,10 +334,8 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = ECE_BINS) -> lis
     valid = (confidences >= 0) & (confidences <= 1) & ((right == 0) | (right == 1))
     if not valid.all():
         row = int((~valid).nonzero()[0])
-        raise UsageError(
-            f"confidences must be in [0, 1] and right 0 or 1; row {row} has "
-            f"{confidences[row].item()} and {right[row].item()}"
-        )
+        found = f"row {row} has {confidences[row].item()} and {right[row].item()}"
+        raise UsageError(f"confidences must be in [0, 1] and right 0 or 1; {found}")
     return _describe_bins(bin_sums(confidences, right, 0, bins, bins))
 
 

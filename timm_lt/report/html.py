@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from timm_lt.metrics import PairedDifference, confidence_intervals, paired_difference
+from timm_lt.metrics import confidence_intervals, paired_difference
 from timm_lt.report.plots import (
     PALETTE,
     draw_calibration,
@@ -21,14 +21,7 @@ from timm_lt.report.plots import (
     head_styles,
     page_colors,
 )
-from timm_lt.report.record import (
-    Report,
-    Thumbnails,
-    compare,
-    confused_groups,
-    frequent_mistakes,
-    min_images,
-)
+from timm_lt.report.record import Report, compare, confused_groups, frequent_mistakes, min_images
 from timm_lt.report.tables import GROUPS, describe_selection, group_word, percent
 from timm_lt.utils.console import one_line
 from timm_lt.utils.files import write_atomic
@@ -53,14 +46,13 @@ def render_report(report: Report) -> str:
     """Renders a report as one HTML page with its styles, scripts, charts and pictures in it.
 
     All text is escaped, and the page's own policy allows neither requests nor other scripts. Its
-    size is bounded: the table has the 10,000 rarest classes, at most eight heads are compared with
-    the joint classifier, and pictures have at most 3 kB each.
+    size is bounded: the table has the 10,000 rarest classes, and pictures have at most 3 kB each.
     """
     style, script = (
         (FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
     )
     heads, counts, joint = report.reports, report.class_counts, report.base
-    thumbnails, compared = Thumbnails(report.images), report.compared
+    compared, truth = report.compared, (report.targets, counts)
     shown = report.recommended if report.recommended in compared else next(iter(compared), None)
     columns = {group: group_word(group) for group in GROUPS} | {"all": "all"}
     if any(abs(shot.all - shot.class_mean) > 1e-9 for shot in heads.values()):
@@ -82,14 +74,18 @@ def render_report(report: Report) -> str:
                 for key in columns
             },
             intervals={n: confidence_intervals(shot, counts) for n, shot in heads.items()},
-            gains={n: _gain(report, n, joint) for n in heads if joint and n != joint},
+            gains={
+                n: paired_difference(report.preds(n), report.preds(joint), *truth, rule=report.rule)
+                for n in compared
+                if joint
+            },
             selected={n: describe_selection(report.selections.get(n, {})) for n in heads},
             swatches={name: _swatch(style) for name, style in head_styles(report).items()},
             shown=shown,
             min_images=min_images(report),
-            comparisons={name: compare(report, name, thumbnails) for name in compared if joint},
+            comparisons={name: compare(report, name) for name in compared if joint},
             confusions={
-                name: (confused_groups(report, name), frequent_mistakes(report, name, thumbnails))
+                name: (confused_groups(report, name), frequent_mistakes(report, name))
                 for name in dict.fromkeys([*filter(None, [joint]), *compared])
             },
             charts={name: _charts(report, name) for name in CHARTS},
@@ -106,12 +102,6 @@ def render_report(report: Report) -> str:
 def write_report(path: str | Path, report: Report) -> None:
     """Writes a report atomically as one HTML file; see :func:`render_report`."""
     write_atomic(Path(path), render_report(report))
-
-
-def _gain(report: Report, head: str, joint: str) -> PairedDifference:
-    """Returns by how much a head exceeds the joint classifier, with its interval."""
-    preds, others = report.preds(head), report.preds(joint)
-    return paired_difference(preds, others, report.targets, report.class_counts, rule=report.rule)
 
 
 @cache

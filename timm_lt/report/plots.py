@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_lt.metrics import Objective
-from timm_lt.report.record import Report, confused_groups
+from timm_lt.report.record import Report
 from timm_lt.report.tables import GROUPS, OBJECTIVE_WORDS, group_word, percent
 from timm_lt.utils.files import write_atomic
 from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts, describe_shots
@@ -71,8 +71,6 @@ STYLE: dict[Any, Any] = {
 }
 # Width of a PNG file and least width of any figure, in inches.
 WIDTH, LEAST_WIDTH = 7.5, 3.6
-# Share of the images that a bin of confidences needs for the line to go through it.
-SURE_SHARE = 0.005
 RANKS = "classes, from the most to the least frequent"
 DASHED_LINE = {"color": LIGHT["muted"], "linestyle": "--", "linewidth": 1}
 DOTTED_LINE = DASHED_LINE | {"linestyle": ":"}
@@ -301,9 +299,7 @@ def draw_calibration(report: Report, width: float) -> Any:  # noqa: ANN401
         bins = [part for part in shot.reliability or () if part["images"]]
         total = sum(part["images"] for part in bins)
         panel.plot([0, 100], [0, 100], **DOTTED_LINE)
-        # Bins of few images are noise, and would draw the line away from the others.
-        sure = [part for part in bins if part["images"] >= SURE_SHARE * total]
-        points = [[100 * part[key] for part in sure] for key in ("confidence", "accuracy")]
+        points = [[100 * part[key] for part in bins] for key in ("confidence", "accuracy")]
         panel.plot(*points, **{**styles[name], "linewidth": 1.2})
         for part in bins:
             size = 3 + 8 * (part["images"] / total) ** 0.5
@@ -378,40 +374,10 @@ def draw_gains(report: Report, width: float) -> Any:  # noqa: ANN401
     return figure
 
 
-@chart_style()
-def draw_confusions(report: Report, width: float) -> Any:  # noqa: ANN401
-    """Draws the confusions between shot groups of the joint classifier and the recommended head."""
-    heads = [name for name in (report.base, report.recommended) if name is not None]
-    if not heads:
-        return None
-    confusions = {name: confused_groups(report, name) for name in heads}
-    figure, axes = panels(len(confusions), width, (2.5, 5.0, 2.6), sharey=True)
-    colors = {"right": LIGHT["grid"], **{group: LIGHT[group_word(group)] for group in GROUPS}}
-    bars: dict[str, Any] = {}
-    for panel, (head, groups) in zip(axes, confusions.items(), strict=True):
-        left = torch.zeros(len(groups))
-        for part, color in colors.items():
-            shares = torch.tensor([100 * outcomes[part] for outcomes in groups.values()])
-            drawn = panel.barh(range(len(groups)), shares, left=left, color=color)
-            bars["right" if part == "right" else f"a {group_word(part)}-shot class"] = drawn
-            texts = [f"{share:.0f}" if share >= 6 else "" for share in shares.tolist()]
-            ink = LIGHT["text"] if part == "right" else "white"
-            panel.bar_label(drawn, texts, label_type="center", color=ink)
-            left += shares
-        panel.set_yticks(range(len(groups)), [f"{group_word(group)}-shot" for group in groups])
-        panel.set(xlim=(0, 100), title=head, xlabel="test images, %")
-        panel.grid(visible=False)
-    axes[0].invert_yaxis()
-    axes[0].set_ylabel("true class")
-    add_legend(figure, bars, title="predicted", alignment="left")
-    return figure
-
-
 # Files of a run, in the order of the card.
 PLOTS: Mapping[str, Callable[[Report, float], Any]] = {
     "accuracy_by_frequency.png": draw_frequency,
     "gains.png": draw_gains,
-    "confusions.png": draw_confusions,
     "accuracy_by_tau.png": draw_curves,
     "calibration.png": draw_calibration,
     "training.png": draw_training,

@@ -1,7 +1,6 @@
 """The figures of a run for its plots and its report, and the changes of classes under a head."""
 
 import base64
-import functools
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ from timm_lt.utils.checks import UsageError, check_choice
 from timm_lt.utils.console import one_line
 from timm_lt.utils.longtail import ShotRule, shot_groups
 
-# Heads compared with the joint classifier; more would make the report large.
-MAX_COMPARED = 8
 NAME_LENGTH = 40
 # At most so many classes that gained or lost, pictures of each, and confusions of a head.
 CHANGES, PICTURES, MISTAKES = 5, 4, 6
@@ -62,6 +59,24 @@ class ExampleImages:
     train_labels: Tensor
     test: Dataset
     test_rows: Tensor | None = None
+
+    def of_test(self, image: int) -> str | None:
+        """Returns the picture of an evaluated image as a data URI; None if it cannot be shown."""
+        return None if self.test_rows is None else _picture(self.test, int(self.test_rows[image]))
+
+    def of_class(self, label: int) -> str | None:
+        """Returns the picture of the first training image of a class."""
+        rows = (self.train_labels == label).nonzero()
+        return _picture(self.train, int(rows[0])) if len(rows) else None
+
+
+def _picture(dataset: Dataset, row: int) -> str | None:
+    encoded = encoded_images(dataset)[row]["image"]
+    try:
+        return data_uri(read_image(encoded, row, dataset.features["image"]))
+    except UsageError:
+        # The loader has reported unreadable images already.
+        return None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,11 +151,8 @@ class Report:
 
     @cached_property
     def compared(self) -> list[str]:
-        """Heads that are compared with the joint classifier, including the recommended one."""
-        others = [name for name in self.reports if name != self.base]
-        if self.recommended in others[MAX_COMPARED:]:
-            return [*others[: MAX_COMPARED - 1], self.recommended]
-        return others[:MAX_COMPARED]
+        """Heads that are compared with the joint classifier."""
+        return [name for name in self.reports if name != self.base]
 
     @cached_property
     def by_frequency(self) -> Tensor:
@@ -174,35 +186,6 @@ class Report:
         return selection.get("objective") if "tau" in selection else None
 
 
-class Thumbnails:
-    """Small pictures of example images as data URIs; None for an image that cannot be shown."""
-
-    def __init__(self, images: ExampleImages | None) -> None:
-        self._images = images
-        self._rows = functools.cache(lambda split: encoded_images(getattr(images, split)))
-        self._uri = functools.cache(self._encode)
-
-    def test(self, image: int) -> str | None:
-        """Returns the picture of an evaluated image."""
-        rows = None if self._images is None else self._images.test_rows
-        return None if rows is None else self._uri("test", int(rows[image]))
-
-    def of_class(self, label: int) -> str | None:
-        """Returns the picture of the first training image of a class."""
-        if self._images is None:
-            return None
-        rows = (self._images.train_labels == label).nonzero()
-        return self._uri("train", int(rows[0])) if len(rows) else None
-
-    def _encode(self, split: str, row: int) -> str | None:
-        column = getattr(self._images, split).features["image"]
-        try:
-            return data_uri(read_image(self._rows(split)[row]["image"], row, column))
-        except UsageError:
-            # The loader has reported unreadable images already.
-            return None
-
-
 def data_uri(image: Image.Image) -> str | None:
     """Returns an RGB image as a JPEG of at most 88 pixels and 3,000 bytes; None if larger."""
     small = image.copy()
@@ -233,7 +216,7 @@ def min_images(report: Report) -> dict[str, int]:
     return {group: min(FEW_IMAGES, int(n.max())) for group, n in of_groups.items() if n.any()}
 
 
-def compare(report: Report, head: str, thumbnails: Thumbnails) -> dict[str, Any]:
+def compare(report: Report, head: str) -> dict[str, Any]:
     """Compares a head with the joint classifier class by class.
 
     Returns the numbers of classes that are ``better`` and ``worse``, and those that ``gained`` and
@@ -256,7 +239,7 @@ def compare(report: Report, head: str, thumbnails: Thumbnails) -> dict[str, Any]
                 "before": int(before[c]),
                 "after": int(after[c]),
                 "images": int(images[c]),
-                "pictures": _differing(report, c, right, wrong, thumbnails),
+                "pictures": _differing(report, c, right, wrong),
             }
             for c in classes[:CHANGES]
         ]
@@ -269,16 +252,14 @@ def compare(report: Report, head: str, thumbnails: Thumbnails) -> dict[str, Any]
     }
 
 
-def _differing(
-    report: Report, label: int, right: str, wrong: str, thumbnails: Thumbnails
-) -> list[dict[str, str]]:
+def _differing(report: Report, label: int, right: str, wrong: str) -> list[dict[str, str]]:
     """Returns pictures of a class's images on which one head is right and the other wrong."""
     who = "the joint classifier" if wrong == report.joint else "this head"
     preds, name = report.preds(wrong), report.names[label]
     rows = (report.targets == label) & (report.preds(right) == label) & (preds != label)
     pictures = []
     for row in rows.nonzero().flatten()[:PICTURES].tolist():
-        if (uri := thumbnails.test(row)) is not None:
+        if report.images and (uri := report.images.of_test(row)):
             pred = report.names[int(preds[row])]
             text = f"{name}, which {who} takes for {pred}{_confidence(report, wrong, row)}"
             pictures.append({"uri": uri, "text": text, "note": pred})
@@ -307,7 +288,7 @@ def confused_groups(report: Report, head: str) -> Mapping[str, Mapping[str, floa
     }
 
 
-def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+def frequent_mistakes(report: Report, head: str) -> list[dict[str, Any]]:
     """Returns the most frequent confusions of a head, with two pictures of each.
 
     Only pairs of classes that occur are counted, so memory does not grow with C².
@@ -319,9 +300,8 @@ def frequent_mistakes(report: Report, head: str, thumbnails: Thumbnails) -> list
     for k in times.argsort(descending=True, stable=True)[:MISTAKES].tolist():
         label, pred = divmod(int(pairs[k]), len(names))
         row = int(((targets == label) & (preds == pred)).nonzero()[0])
-        test, train = thumbnails.test(row), thumbnails.of_class(pred)
-        pictures = []
-        if test is not None and train is not None:
+        images, pictures = report.images, []
+        if images and (test := images.of_test(row)) and (train := images.of_class(pred)):
             text = f"{names[label]}, taken for {names[pred]}{_confidence(report, head, row)}"
             like = f"a training image of {names[pred]}"
             pictures = [

@@ -107,7 +107,8 @@ def shot_table(
         table.add_column("selected")
     for name, report in reports.items():
         ends = confidence_intervals(report, class_counts) if intervals else {}
-        cells = [percent(getattr(report, field)) + _below(ends.get(field)) for field in fields]
+        below = {f: f"\n[dim]{100 * a:.0f}-{100 * b:.0f}[/dim]" for f, (a, b) in ends.items()}
+        cells = [percent(getattr(report, field)) + below.get(field, "") for field in fields]
         cells.append(percent(report.ece))
         if seconds:
             cells.append(f"{seconds[name]:.1f}" if name in seconds else "-")
@@ -115,11 +116,6 @@ def shot_table(
             cells.append(escape(describe_selection(selections.get(name, {}))))
         table.add_row(name, *cells)
     return table
-
-
-def _below(ends: tuple[float, float] | None) -> str:
-    """Returns an interval as a second line of a cell."""
-    return "" if ends is None else f"\n[dim]{100 * ends[0]:.0f}-{100 * ends[1]:.0f}[/dim]"
 
 
 def head_table(info: CheckpointInfo) -> Table:

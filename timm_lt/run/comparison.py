@@ -22,7 +22,7 @@ from timm_lt.report.plots import save_spread_plot
 from timm_lt.report.tables import GROUPS, JOINT, group_word, percent, shot_legend
 from timm_lt.run.folder import check_run_folder
 from timm_lt.run.network import create_images, create_network
-from timm_lt.run.parse import parse_recipe, parse_values
+from timm_lt.run.parse import parse_values
 from timm_lt.run.recipe import Recipe, prefixed
 from timm_lt.run.setup import Run as TrainingRun
 from timm_lt.run.setup import check_heads, create_trainer
@@ -52,10 +52,7 @@ Spread = tuple[float | None, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table, or one cell of a row where the table has columns.
-
-    ``quoted`` is the overall accuracy in the paper, a fraction.
-    """
+    """A row of the table, or one cell of a row if it has columns; ``quoted`` is a fraction."""
 
     label: str
     column: str | None = None
@@ -66,20 +63,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table to measure, as a YAML file describes it.
-
-    Attributes:
-        name: Name of the file without ``.yaml``.
-        source: Table or figure of a paper.
-        recipe: File or name of the recipe that all runs share.
-        representations: By name, the keys of the recipe that each changes, e.g. ``loss.name``; and
-            ``after``, an earlier representation whose model it starts from, and ``lr_factor``.
-        rows: The rows from top to bottom, or their cells row by row.
-        heads: Heads under names of their own, as in a recipe.
-        metric: Figure over all test images in the cells of a table with columns.
-        plot: Show and draw all shot groups of a table with columns.
-        quoted_from: Source of the quoted accuracies.
-    """
+    """A table to measure, as a YAML file describes it; docs/comparison.md explains the keys."""
 
     name: str
     title: str
@@ -102,16 +86,15 @@ class Grid:
         for row in self.rows:
             check_choice(f"representation of {row.label!r}:", row.representation, names)
             check_number(f"quoted of {row.label!r}", row.quoted or 0.0, "[0, 1]")
-        fault = ""
-        if not all(map(str.isidentifier, names)):
-            # They become names of folders.
-            fault = "names must be letters, digits and underscores"
-        elif len({(row.label, row.column) for row in self.rows}) < len(self.rows):
-            fault = "rows must differ in label or column"
-        elif (self.plot or self.metric == "error") and not self.columns:
-            fault = "plot and metric error need columns"
-        if fault:
-            raise UsageError(fault)
+        cells, matrix = {(row.label, row.column) for row in self.rows}, self.metric == "error"
+        for is_wrong, fault in (
+            # Names of representations become names of folders.
+            (not all(map(str.isidentifier, names)), "names must be letters, digits, underscores"),
+            (len(cells) < len(self.rows), "rows must differ in label or column"),
+            ((self.plot or matrix) and not self.columns, "plot and metric error need columns"),
+        ):
+            if is_wrong:
+                raise UsageError(fault)
 
     @property
     def columns(self) -> list[str]:
@@ -132,17 +115,12 @@ def load_grid(name: str) -> Grid:
         path = shipped[path.stem]
     values = {"name": path.stem, **read_yaml(path, "grid")}
     with prefixed(f"grid {path}"):
-        grid: Grid = parse_values(Grid, values)
-    return grid
+        return parse_values(Grid, values)
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A representation trained with a seed: one run of the main job.
-
-    ``output`` is the absolute path of the folder of the comparison, and ``after`` the run that this
-    one starts from.
-    """
+    """A representation trained with a seed, starting from the model of run ``after``."""
 
     representation: str
     seed: int
@@ -178,10 +156,7 @@ def make_runs(
     seeds: Sequence[int],
     given: Sequence[str] = (),
 ) -> list[Run]:
-    """Creates the runs that some rows need, each after its source, and checks them without data.
-
-    ``base`` is the shared recipe with the changes of the command line, whose keys are ``given``.
-    """
+    """Creates and checks the runs of some rows; ``given`` are keys set on the command line."""
     check_protocol(base.data.name, base.protocol)
     checked_source(base.data.name, base.data.root, dict(base.data.options))
     results = folder / RESULTS
@@ -226,14 +201,11 @@ def _recipe(grid: Grid, name: str, base: Recipe, given: Sequence[str]) -> Recipe
     for key in given:
         if key.startswith(("seed", "heads", *changes)):
             raise UsageError(f"--{key} is set by the grid (seeds by --seeds); remove it")
-    recipe = parse_recipe(values, "the recipe")
-    known = {**base.heads, **grid.heads}
-    heads = [JOINT, *(row.head for row in grid.rows if row.representation == name)]
-    return replace(
-        recipe,
-        heads={head: dict(known.get(head, {})) for head in heads},
-        optimizer=replace(recipe.optimizer, lr=recipe.optimizer.lr * factor),
-    )
+    recipe = parse_values(Recipe, values)
+    optimizer = replace(recipe.optimizer, lr=recipe.optimizer.lr * factor)
+    names = [JOINT, *(row.head for row in grid.rows if row.representation == name)]
+    heads = {head: {**base.heads, **grid.heads}.get(head, {}) for head in names}
+    return replace(recipe, heads=heads, optimizer=optimizer)
 
 
 def _try_out(recipe: Recipe) -> None:
@@ -258,8 +230,7 @@ def _try_out(recipe: Recipe) -> None:
 def run_all(runs: Sequence[Run], *, jobs: int, threads: int) -> dict[Run, str]:
     """Runs what is not finished yet in ``jobs`` processes, and returns why some runs failed.
 
-    Each process is on the GPU with the fewest of them if there is one. Ctrl-C and SIGTERM end the
-    processes, whose runs can be resumed.
+    GPUs share the processes evenly. Ctrl-C and SIGTERM end them; their runs can be resumed.
     """
     waiting = [run for run in runs if not run.is_finished]
     log.info("%d of %d runs are finished already", len(runs) - len(waiting), len(runs))
@@ -320,10 +291,7 @@ def _failure(run: Run, status: int) -> str | None:
 def measure(
     grid: Grid, rows: Sequence[Row], runs: Sequence[Run], failures: Mapping[Run, str]
 ) -> dict[str, Any]:
-    """Returns the record of a comparison: test figures by row and seed, without failed runs.
-
-    Figures are accuracies, fractions; None for an empty shot group.
-    """
+    """Returns the record of a comparison: accuracies by row and seed, without failed runs."""
     measured = [(run, read_json(run.folder / METRICS)) for run in runs if run not in failures]
     heads = [head for _, found in measured for head in found["heads"].values()]
     balanced = all(abs(head["all"] - head[CLASS_MEAN]) < 1e-9 for head in heads)
@@ -336,7 +304,7 @@ def measure(
             if run.representation == row.representation
         }
         records.append({**vars(row), "by_seed": by_seed})
-    one: Mapping[str, Any] = measured[0][1] if measured else {}
+    one = measured[0][1] if measured else {}
     quoted = any(row.quoted is not None for row in rows)
     return {
         "title": f"{grid.title}, test {grid.metric} in percent",
@@ -353,10 +321,7 @@ def measure(
 
 
 def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
-    """Writes the record of a comparison, its table and its plot, and returns the table's Markdown.
-
-    Only a grid with ``plot`` has a plot.
-    """
+    """Writes the record of a comparison, its table and its plot, and returns the Markdown."""
     write_json(folder / RESULTS, record)
     headings, *rows = table_texts(grid, record)
     lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
@@ -372,10 +337,9 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
     markdown = f"{record['title']}.\n\n{table}\n\n{'; '.join(filter(None, below))}.\n"
     write_atomic(folder / MARKDOWN, markdown)
     if grid.plot:
+        cells = {(row["label"], row["column"]): row for row in record["rows"]}
         spreads = {
-            group_word(key): {
-                (row["label"], row["column"]): spread(row, key) for row in record["rows"]
-            }
+            group_word(key): {cell: spread(row, key) for cell, row in cells.items()}
             for key in record["figures"]
         }
         save_spread_plot(folder / PLOTS / f"{grid.name}.png", spreads, title=grid.rows_title)
@@ -384,11 +348,9 @@ def write_results(folder: Path, grid: Grid, record: Mapping[str, Any]) -> str:
 
 def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
     """Returns the texts of the table, headings first: a matrix, or shot groups by row."""
-    rows, number = record["rows"], len(record["seeds"])
-    missing = [
-        f" ({len(row['by_seed'])} of {number} seeds)" if len(row["by_seed"]) < number else ""
-        for row in rows
-    ]
+    rows, seeds = record["rows"], len(record["seeds"])
+    finished = [len(row["by_seed"]) for row in rows]
+    missing = [f" ({number} of {seeds} seeds)" if number < seeds else "" for number in finished]
     if grid.columns and not grid.plot:
         lines = {row["label"]: [row["label"], *([""] * len(grid.columns))] for row in rows}
         for row, note in zip(rows, missing, strict=True):
@@ -397,18 +359,19 @@ def table_texts(grid: Grid, record: Mapping[str, Any]) -> list[list[str]]:
             texts = lines[row["label"]]
             texts[1 + grid.columns.index(row["column"])] = spread_text((mean, sd)) + note
         return [[f"{grid.rows_title} / {grid.columns_title}", *grid.columns], *lines.values()]
-    columns, quoted = bool(grid.columns), bool(record["quoted_from"])
-    table = [[grid.rows_title, *([grid.columns_title] if columns else [])]]
-    table[0] += [group_word(key).replace("_", " ") for key in record["figures"]]
-    table[0] += ["all, to the first row", *(["quoted"] if quoted else [])]
-    for row, note in zip(rows, missing, strict=True):
-        texts = [row["label"] + note, *([row["column"]] if columns else [])]
-        texts += [spread_text(spread(row, key)) for key in record["figures"]]
-        texts.append("" if row is rows[0] else spread_text(spread(row, "all", rows[0]), "+.1f"))
-        if quoted:
-            texts.append("" if row["quoted"] is None else percent(row["quoted"]))
-        table.append(texts)
-    return table
+    labels = [row["label"] + note for row, note in zip(rows, missing, strict=True)]
+    table = {grid.rows_title: labels}
+    if grid.columns:
+        table[grid.columns_title] = [row["column"] for row in rows]
+    for key in record["figures"]:
+        heading = group_word(key).replace("_", " ")
+        table[heading] = [spread_text(spread(row, key)) for row in rows]
+    others = [spread_text(spread(row, "all", rows[0]), "+.1f") for row in rows[1:]]
+    table["all, to the first row"] = ["", *others]
+    if record["quoted_from"]:
+        quoted = [row["quoted"] for row in rows]
+        table["quoted"] = ["" if value is None else percent(value) for value in quoted]
+    return [[*table], *map(list, zip(*table.values(), strict=True))]
 
 
 def spread(row: Mapping[str, Any], key: str, minus: Mapping[str, Any] | None = None) -> Spread:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +84,7 @@ def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | N
     Raises:
         UsageError: For any mistake in the recipe, the data or the folder.
     """
+    start_logging(quiet=options.quiet or process_rank() > 0, verbose=options.verbose)
     folder = options.folder(name)
     check_run_folder(folder, recipe, resume=options.resume, overwrite=options.overwrite)
     if options.push_to_hub is not None:
@@ -92,7 +92,6 @@ def open_run(name: str, recipe: Recipe, options: RunOptions) -> Iterator[Run | N
     elif options.private or options.license is not None:
         raise UsageError("--private and --license only apply with --push_to_hub NAMESPACE/NAME")
     if options.resume and (folder / METRICS).is_file():
-        start_logging(quiet=options.quiet or process_rank() > 0, verbose=options.verbose)
         yield None
         return
     run = create_run(name, folder, recipe, options)
@@ -137,8 +136,8 @@ def extract(run: Run) -> None:
         run.unreadable[split] = len(images) - run.features[split].num_images
         # If the features of a split came from the cache, its images were not read.
         rows = sorted(set(gather_object(images.unreadable_rows())))
-        run.unreadable_rows[split] = rows
         huge = sorted(set(gather_object(images.huge_rows())))
+        run.unreadable_rows[split] = rows
         if run.accelerator.is_main_process:
             log_exceptional(split, run.splits.datasets[split], run.unreadable[split], rows, huge)
 
@@ -200,10 +199,7 @@ def _fit_on_features(run: Run, kind: str, **options: Any) -> Head:
 
 def _fit_joint(run: Run) -> None:
     """Gives a model whose classifier is for other classes one for these: a linear probe."""
-    log.info(
-        "%s has no classifier for these %d classes: one is fitted first",
-        *(run.recipe.model.name, run.splits.num_classes),
-    )
+    log.info("%s has no classifier for these classes: one is fitted first", run.recipe.model.name)
     started = time.perf_counter()
     fitted = _fit_on_features(run, "linear") if run.accelerator.is_main_process else None
     head: Head = broadcast_object_list([fitted])[0]
@@ -283,37 +279,32 @@ def _evaluate(run: Run, head: Head, features: Features) -> Evaluation:
 
 def save(run: Run) -> None:
     """Writes the checkpoint, tables, plots, the model card, the report and the metrics."""
-    if not run.accelerator.is_main_process or run.folder is None:
+    folder, recipe, splits, reports = run.folder, run.recipe, run.splits, run.reports
+    if not run.accelerator.is_main_process or folder is None:
         return
     cure = "the training state is complete: make room and go on with --resume"
     with user_errors("the results cannot be written", cure=cure):
-        _write(run, run.folder)
+        save_checkpoint(
+            folder,
+            run.model,
+            heads=run.heads,
+            class_counts=splits.class_counts,
+            metrics={name: report.summary() for name, report in reports.items()},
+            label_names=splits.label_names,
+            dataset=recipe.data.title,
+            shot_rule=recipe.shot_rule,
+            protocol=recipe.protocol,
+            seed=recipe.seed,
+            background=splits.background,
+        )
+        rows = metrics.compare_per_class(reports, splits.class_counts, splits.label_names)
+        metrics.write_per_class(folder / PER_CLASS, rows)
+        report = _report(run)
+        save_plots(folder / PLOTS, report)
+        write_card(folder, name=run.name)
+        write_report(folder / REPORT, report)
         # Last: a folder with metrics is a finished run.
-        write_json(run.folder / METRICS, _metrics(run))
-
-
-def _write(run: Run, folder: Path) -> None:
-    recipe, splits, counts = run.recipe, run.splits, run.splits.class_counts
-    save_checkpoint(
-        folder,
-        run.model,
-        heads=run.heads,
-        class_counts=counts,
-        metrics={name: report.summary() for name, report in run.reports.items()},
-        label_names=splits.label_names,
-        dataset=recipe.data.title,
-        shot_rule=recipe.shot_rule,
-        protocol=recipe.protocol,
-        seed=recipe.seed,
-        background=splits.background,
-    )
-    metrics.write_per_class(
-        folder / PER_CLASS, metrics.compare_per_class(run.reports, counts, splits.label_names)
-    )
-    report = _report(run)
-    save_plots(folder / PLOTS, report)
-    write_card(folder, name=run.name)
-    write_report(folder / REPORT, report)
+        write_json(folder / METRICS, _metrics(run))
 
 
 def _report(run: Run) -> Report:
@@ -386,10 +377,10 @@ def show(name: str, options: RunOptions) -> None:
     if process_rank() > 0:
         return
     folder = options.folder(name)
-    written = read_json(folder / METRICS)
     if options.json:
         sys.stdout.write((folder / METRICS).read_text(encoding="utf-8"))
     else:
+        written = read_json(folder / METRICS)
         heads, seconds = written["heads"], written["seconds"]
         reports = {head: metrics.ShotReport.from_dict(found) for head, found in heads.items()}
         table = shot_table(

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ LOCK = ".lock"
 # Keys of the recipe that a resumed run may change: if all images were read, they had no effect.
 MAY_DIFFER = {"data.unreadable", "data.verify"}
 # Keys that only matter after training, which a run that has not finished may change.
-AFTER_TRAINING = ("features", "heads", "objective")
+AFTER_TRAINING = {"features", "heads", "objective"}
 # All that a run writes; a folder with anything else in it is never deleted.
 ENTRIES = {RECIPE, STATE, LOGS, CONFIG, WEIGHTS, "heads", METRICS, PER_CLASS, PLOTS, CARD, REPORT}
 CHECKPOINT_ENTRIES = ENTRIES - {STATE, LOGS}
@@ -64,8 +64,10 @@ def _refusal(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> str
         return f"holds files that are not a run ({shown_names(foreign, 3)}); "
     if names and not overwrite and not resume:
         return "holds a run; continue it with --resume, delete it with --overwrite, or "
-    if names and not overwrite and (other := _other_keys(folder, recipe)):
-        return f"holds a run of another recipe ({'; '.join(other)}); use it, --overwrite, or "
+    if names and not overwrite:
+        free = MAY_DIFFER if (folder / METRICS).exists() else MAY_DIFFER | AFTER_TRAINING
+        if other := [*_differences(read_yaml(folder / RECIPE), asdict(recipe), free)]:
+            return f"holds a run of another recipe ({'; '.join(other)}); use it, --overwrite, or "
     return None
 
 
@@ -73,33 +75,20 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _other_keys(folder: Path, recipe: Recipe) -> list[str]:
-    """Returns the keys of the recipe in a folder that a resumed run may not change, but would."""
-    free = () if (folder / METRICS).exists() else AFTER_TRAINING
-    there, here = (_flat(values) for values in (read_yaml(folder / RECIPE), asdict(recipe)))
-    return [
-        f"{key} {there.get(key)!r} there, {here.get(key)!r} now"
-        for key in dict.fromkeys([*there, *here])
-        if there.get(key) != here.get(key)
-        and key not in MAY_DIFFER
-        and key.split(".")[0] not in free
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested values by their keys, such as ``loss.name``."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
+def _differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], free: set[str], prefix: str = ""
+) -> Iterator[str]:
+    """Yields the keys of two recipes that differ, except the free ones, with both values."""
+    for name in {**there, **here}:
+        key, old, new = f"{prefix}{name}", there.get(name), here.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and key not in free:
+            yield from _differences(old, new, free, f"{key}.")
+        elif old != new and key not in free:
+            yield f"{key} {old!r} there, {new!r} now"
 
 
 def check_images(folder: Path, images: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises a UsageError if a resumed run has other images, some of which were held out before.
-
-    They are described by :func:`~timm_lt.data.splits.split_digests`.
-    """
+    """Refuses to resume a run on other images, since some of them were held out before."""
     if not (folder / STATE / IMAGES).is_file():
         return
     stored = read_json(folder / STATE / IMAGES)
@@ -122,15 +111,12 @@ def prepare_run_folder(
     overwrite: bool = False,
     images: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> FileLock:
-    """Locks the folder that :func:`check_run_folder` allowed and writes the recipe into it.
-
-    A run that is to be deleted is renamed first, so that a kill leaves no half of it. ``images``
-    are for :func:`check_images` when the run is resumed.
-    """
+    """Locks a folder and writes the recipe into it, and ``images`` for :func:`check_images`."""
     with user_errors(f"{folder} cannot be written"):
         folder = folder.resolve()
         lock = lock_folder(folder)
         if overwrite and _entries(folder):
+            # Renamed first, so that a kill leaves no half of the old run.
             doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.deleted."))
             folder.rename(doomed / folder.name)
             shutil.rmtree(doomed)
@@ -145,7 +131,7 @@ def prepare_run_folder(
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Creates a folder and locks it, until :func:`release_run_folder` or the process ends."""
+    """Creates a folder and locks it until the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -155,13 +141,6 @@ def lock_folder(folder: Path) -> FileLock:
             f"another process runs in {folder}: wait for it, or choose another --output"
         ) from error
     return lock
-
-
-def release_run_folder(lock: FileLock) -> None:
-    """Unlocks a folder."""
-    # Delete the file while it is locked: nobody waits for it, and the next process makes a new one.
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
 
 
 def _temporaries(folder: Path) -> list[Path]:

@@ -140,17 +140,12 @@ def has_classifier(given: ModelRecipe, model: nn.Module, num_classes: int) -> bo
 
 
 def match_data(
-    recipe: Recipe,
-    splits: Splits,
-    model: nn.Module,
-    *,
-    kept: bool,
-    named: nn.Module | None = None,
+    recipe: Recipe, splits: Splits, model: nn.Module, *, kept: bool, named: nn.Module | None = None
 ) -> tuple[Splits, bool]:
-    """Fits the data to a model: the background of its images, and the order of its classes.
+    """Fits the background and the class order of the data to a model.
 
     Class names in the weights (of ``named`` if given) decide the order, then the recipe, then
-    training images. Also returns whether a classifier, which is kept, is for these classes.
+    training images. Also returns whether a classifier that is kept is for these classes.
     """
     given, background = recipe.model, recipe.data.background
     weights, named = given.checkpoint or given.name, named or model
@@ -190,12 +185,7 @@ def class_orders(names: Sequence[str]) -> dict[ClassOrder, list[str]]:
 def _order_of_weights(
     recipe: Recipe, splits: Splits, model: nn.Module, orders: Mapping[ClassOrder, list[str]]
 ) -> list[str]:
-    """Returns the classes in the order in which clearly more training images are right.
-
-    If it is not clear, the order is that of the data if the classifier is trained further; timm's
-    for data in that order and files of timm's ``train.py``, which name their architecture; else an
-    error.
-    """
+    """Returns the classes in the order in which clearly more training images are right."""
     given, names = recipe.model, splits.label_names or []
     weights = given.checkpoint or given.name
     log.info("determining the order of the classes in the weights of %s", weights)
@@ -209,8 +199,10 @@ def _order_of_weights(
         say("classes are numbered as in the weights, in %s: %s", WORDS[order], seen)
         return orders[order]
     if recipe.epochs:
+        # The classifier is trained further.
         log.info("the order of the classes in the weights of %s is not clear: %s", weights, seen)
         return names
+    # Files of timm's train.py name their architecture.
     is_file = given.checkpoint not in (None, GIVEN_MODEL)
     if names == orders["timm"] or (is_file and read_weights(weights).architecture is not None):
         log.warning(
@@ -226,10 +218,7 @@ def _order_of_weights(
 
 
 def _clearly_better(labels: Tensor, hits: Mapping[ClassOrder, Tensor]) -> ClassOrder | None:
-    """Returns the order in which clearly more images (N,) are right, each class counting the same.
-
-    A model that always gives the same answer is as good in one as in the other.
-    """
+    """Returns the order in which clearly more images (N,) are right; classes count the same."""
     _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
     shares = (hits["timm"].double() - hits["sorted"].double()) / counts[classes] / len(counts)
     difference, spread = float(shares.sum()), float(shares.square().sum().sqrt())
@@ -241,10 +230,7 @@ def _clearly_better(labels: Tensor, hits: Mapping[ClassOrder, Tensor]) -> ClassO
 def _hits(
     recipe: Recipe, splits: Splits, model: nn.Module, orders: Mapping[ClassOrder, list[str]]
 ) -> tuple[Tensor, dict[ClassOrder, Tensor]]:
-    """Returns labels of training images, and for each order which of them the model gets right.
-
-    The images are of classes that differ in the two orders, so none is right in both.
-    """
+    """Returns labels of images whose classes differ in the orders, and by order what is right."""
     index = {}
     for order, found in orders.items():
         label_of = {name: label for label, name in enumerate(found)}

@@ -13,7 +13,7 @@ import docstring_parser
 
 from timm_lt.models.pretrained import PUBLISHED_BLOCK, hub_configs
 from timm_lt.run.recipe import Recipe, RunOptions, prefixed
-from timm_lt.utils.checks import UsageError, unknown_name
+from timm_lt.utils.checks import T, UsageError, unknown_name
 from timm_lt.utils.console import epilog, start_logging, wrapped
 from timm_lt.utils.files import YAML_ERRORS, parse_yaml, read_yaml
 
@@ -48,21 +48,12 @@ def load_recipe(path: Path) -> Recipe:
             f"{path} describes published weights and is not a recipe; load them with "
             f"timm.create_model({path.stem!r}, pretrained=True)"
         )
-    return parse_recipe(values, f"recipe {path}")
+    with prefixed(f"recipe {path}"):
+        return parse_values(Recipe, values)
 
 
-def parse_recipe(values: dict[str, Any], noun: str) -> Recipe:
-    """Creates a recipe from the mapping in its file, which messages call ``noun``."""
-    with prefixed(noun):
-        recipe: Recipe = parse_values(Recipe, values)
-    return recipe
-
-
-def parse_values(cls: type[Any], values: dict[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
-    """Creates a dataclass from values of a file, whose keys messages begin with ``prefix``.
-
-    A required key that is missing is a TypeError.
-    """
+def parse_values(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """Creates a dataclass from values of a file, whose keys messages begin with ``prefix``."""
     hints = _hints(cls)
     for key in values:
         if key not in hints:

@@ -26,8 +26,7 @@ def prefixed(name: str) -> Iterator[None]:
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
     except TypeError as error:
-        # Python's own, for an argument that is unknown, missing or given twice: without the name
-        # of the function.
+        # Python's own, for a wrong argument: without the name of the function.
         raise UsageError(f"{name}: {str(error).rpartition('() ')[2]}") from error
 
 
@@ -184,10 +183,6 @@ class MixupRecipe(_Part):
     options: dict[str, Any] = field(default_factory=dict)
     """More arguments of timm.data.Mixup, e.g. prob, switch_prob, mode."""
 
-    def mixes(self) -> bool:
-        """Returns whether images are mixed at all."""
-        return bool(self.mixup_alpha or self.cutmix_alpha or self.options.get("cutmix_minmax"))
-
 
 @dataclass(frozen=True)
 class EmaRecipe(_Part):
@@ -275,6 +270,7 @@ class Recipe:
         if self.objective is not None:
             check_choice("objective", self.objective, OBJECTIVES)
         model, file, mixup = self.model, self.model.checkpoint, self.mixup
+        mixes = mixup.mixup_alpha or mixup.cutmix_alpha or mixup.options.get("cutmix_minmax")
         weights, plain = model.pretrained or file, self.data.augmentation == "none"
         if self.epochs == 0 and not weights:
             raise UsageError("epochs 0 needs the weights of model.pretrained or model.checkpoint")
@@ -282,7 +278,7 @@ class Recipe:
             ("model.fresh_classifier", model.fresh_classifier and not weights, "without weights"),
             ("model.checkpoint_key", model.checkpoint_key and not file, "without a checkpoint"),
             ("model.pretrained", model.pretrained and file, "with model.checkpoint"),
-            ("mixup.off_epoch", mixup.off_epoch and not mixup.mixes(), "without mixup or cutmix"),
+            ("mixup.off_epoch", mixup.off_epoch and not mixes, "without mixup or cutmix"),
             ("features.views", self.features.views and plain, "without augmentation"),
         ):
             if is_useless:
@@ -299,10 +295,7 @@ def head_kind(recipe: Recipe, name: str) -> str:
 
 
 def stage_heads(recipe: Recipe, stage: Stage) -> dict[str, dict[str, Any]]:
-    """Returns the options of the heads that are fitted on features, or trained on images, by name.
-
-    The stage itself and the kind are not options of a fit.
-    """
+    """Returns by name the options of the fits of all heads with a stage."""
     return {
         name: {key: value for key, value in options.items() if key not in ("stage", "kind")}
         for name, options in recipe.heads.items()

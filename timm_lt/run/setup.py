@@ -24,7 +24,7 @@ from timm_lt.losses import LOSSES, create_loss
 from timm_lt.metrics import Objective, ShotReport
 from timm_lt.report import Predictions
 from timm_lt.report.tables import TEST_SELECTION
-from timm_lt.run.folder import LOGS, check_images, prepare_run_folder, release_run_folder
+from timm_lt.run.folder import LOGS, check_images, prepare_run_folder
 from timm_lt.run.network import (
     TIMM,
     create_images,
@@ -43,8 +43,8 @@ from timm_lt.training import (
     check_model,
 )
 from timm_lt.utils.accelerator import create_accelerator, set_cpu_threads
-from timm_lt.utils.checks import Problems, UsageError, check_choice
-from timm_lt.utils.console import log, progress, start_logging
+from timm_lt.utils.checks import UsageError, check_choice
+from timm_lt.utils.console import log, progress
 from timm_lt.utils.longtail import shot_groups
 
 
@@ -63,14 +63,11 @@ class Run:
     Attributes:
         folder: Folder of the run; None writes nothing.
         joint: Whether the model's classifier has weights for these classes, before training.
-        trainer: The representation stage; None if nothing but heads is trained.
         head_trainers: Trainers of the heads with stage images, by name.
         kept_epoch: Epoch whose weights the model has, 1-based; 0 before training.
         own_features: By head and split, for heads with batch-norm statistics of their own.
-        unreadable: Number of images that could not be read, by split.
-        unreadable_rows: Their rows; unknown for features from the cache.
-        joint_selection: How the options of the joint classifier were selected, if it was fitted.
-        heads: All fitted heads, on the main process, as are their evaluations.
+        unreadable_rows: Images that could not be read; unknown for features from the cache.
+        heads: All fitted heads, on the main process alone.
     """
 
     name: str
@@ -125,7 +122,9 @@ class Run:
     def close(self) -> None:
         """Lets another process run in the folder."""
         if self.lock is not None:
-            release_run_folder(self.lock)
+            # Delete the file while it is locked: nobody waits for it.
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
 
 
 def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> Run:
@@ -138,7 +137,6 @@ def create_run(name: str, folder: Path, recipe: Recipe, options: RunOptions) -> 
         folder=folder / LOGS,
     )
     set_cpu_threads(options.threads)
-    start_logging(quiet=options.quiet or not accelerator.is_main_process, verbose=options.verbose)
     started = time.perf_counter()
     with progress(f"loading {recipe.data.name}", None):
         splits = load_splits(recipe)
@@ -167,17 +165,10 @@ def load_splits(recipe: Recipe) -> Splits:
 def complete_run(
     run: Run, options: RunOptions, digests: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Creates the other parts of a run from its data and model, and claims its folder.
-
-    Problems of the heads and of the data are reported together.
-    """
+    """Creates the other parts of a run from its data and model, and claims its folder."""
     recipe, splits, accelerator = run.recipe, run.splits, run.accelerator
-    problems = Problems()
-    with problems.collected():
-        check_heads(recipe, splits)
-    with problems.collected():
-        run.images = create_images(recipe, splits, run.model, workers=options.workers)
-    problems.check()
+    check_heads(recipe, splits)
+    run.images = create_images(recipe, splits, run.model, workers=options.workers)
     check_model(run.model, run.images["val"])
     if recipe.epochs:
         run.trainer = create_trainer(run)
@@ -218,10 +209,7 @@ def check_heads(recipe: Recipe, splits: Splits | None = None) -> None:
     if splits is not None and recipe.objective == "few_shot":
         few = shot_groups(splits.class_counts, rule)["few_shot"]
         if not few[splits.labels["val"]].any():
-            raise UsageError(
-                "objective few_shot: the data have no few-shot class; take class_mean, or "
-                "worst_class"
-            )
+            raise UsageError("objective few_shot: the data have no few-shot class; take class_mean")
 
 
 def create_trainer(run: Run) -> RepresentationTrainer:
@@ -241,15 +229,9 @@ def create_trainer(run: Run) -> RepresentationTrainer:
         loss = create_loss(class_counts=counts, reduction="mean", **own | options)
     if not run.joint:
         start_network(recipe, loss, run.model, splits.num_classes)
+    train, val, training = run.images["train"], run.images["val"], training_options(recipe)
     return RepresentationTrainer(
-        run.model,
-        run.images["train"],
-        sampler,
-        loss,
-        training_options(recipe),
-        run.accelerator,
-        run.images["val"],
-        counts,
+        run.model, train, sampler, loss, training, run.accelerator, val, counts
     )
 
 

@@ -7,8 +7,8 @@ from timm_lt.training.loop import EVAL_BATCH_SIZE as EVAL_BATCH_SIZE
 from timm_lt.training.loop import RepresentationTrainer as RepresentationTrainer
 from timm_lt.training.loop import TrainingOptions as TrainingOptions
 from timm_lt.training.loop import train_representation as train_representation
-from timm_lt.training.model import check_model as check_model
-from timm_lt.training.model import start_classifier as start_classifier
+from timm_lt.training.parts import check_model as check_model
+from timm_lt.training.parts import start_classifier as start_classifier
 from timm_lt.training.state import EpochRecord as EpochRecord
 from timm_lt.training.state import TrainingState as TrainingState
 from timm_lt.training.state import best_record as best_record

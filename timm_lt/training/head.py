@@ -27,8 +27,7 @@ from timm_lt.heads.linear import BATCH_SIZE, CRT_LENGTH, LWS_LENGTH
 from timm_lt.models.networks import unpair
 from timm_lt.samplers import check_sampler, create_sampler
 from timm_lt.training.loop import RepresentationTrainer, TrainingOptions, share_of_batch
-from timm_lt.training.model import BatchNorm, FrozenParts
-from timm_lt.training.parts import cpu_copy
+from timm_lt.training.parts import BatchNorm, FrozenParts, cpu_copy
 from timm_lt.utils.accelerator import kept_random_state
 from timm_lt.utils.checks import UsageError, check_integer, check_number, unknown_name, user_errors
 from timm_lt.utils.console import log, progress
@@ -109,10 +108,7 @@ class HeadTrainer:
                 f"carries a {classifier.kind!r} head: create it without head="
             )
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise UsageError(
-                f"head {name!r} cannot be trained on images under FSDP: remove stage, to fit it on "
-                "features"
-            )
+            raise UsageError(f"head {name!r} cannot be trained on images under FSDP: remove stage")
         number = len(train)
         parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         largest = max(min(BATCH_SIZE, number) // parts, 1) * parts
@@ -208,9 +204,8 @@ def train_head_on_images(
     along a cosine, update by update. :func:`timm_lt.fit_head` with ``solver="sgd"`` does the same
     on features.
 
-    Everything random is a function of the seed, so on one CPU process a second call gives the same
-    bits; the random states of Python, NumPy and torch are restored. A call that is interrupted
-    starts again.
+    On one CPU process a second call gives the same bits; the random states of Python, NumPy and
+    torch are restored.
 
     Args:
         name: ``"crt"`` or ``"lws"``.

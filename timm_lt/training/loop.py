@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -27,11 +27,13 @@ from timm_lt.features.extract import FeatureTap
 from timm_lt.heads import get_heads, limit_norms
 from timm_lt.metrics import shot_accuracy
 from timm_lt.samplers import ClassSampler
-from timm_lt.training.model import BatchNorm, FrozenParts, check_loss
 from timm_lt.training.parts import (
+    BatchNorm,
     ClipMode,
+    FrozenParts,
     Losses,
     Schedule,
+    check_loss,
     cpu_copy,
     create_mixup,
     create_optimizer,
@@ -50,7 +52,7 @@ from timm_lt.training.state import (
     log_epoch,
 )
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, check_integer, check_literals, check_number
+from timm_lt.utils.checks import UsageError, check_fields
 from timm_lt.utils.console import advance, log, progress
 from timm_lt.utils.longtail import ClassCounts, check_class_counts
 
@@ -84,7 +86,7 @@ class TrainingOptions:
         keep: Weights to keep: of the ``"last"`` epoch, or of that with the ``"best"`` overall
             accuracy on validation (the first of equals).
         trained: Paths of the modules to train beside the classifier, e.g. ``["layer4.2"]`` or
-            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.model.FrozenParts`.
+            ``["last_block"]``; None trains all. See :class:`~timm_lt.training.parts.FrozenParts`.
         bn: Batch norm of the frozen modules: ``"frozen"`` keeps them in evaluation mode,
             ``"shift"`` in training mode, so their statistics move.
         seed: Seed of everything random but the sampler and the augmentation.
@@ -93,29 +95,24 @@ class TrainingOptions:
         UsageError: If a number is out of range, a choice is unknown, or an option has no effect.
     """
 
-    epochs: int
-    batch_size: int = 128
+    epochs: Annotated[int, 1]
+    batch_size: Annotated[int, 1] = 128
     optimizer: Mapping[str, Any] = field(default_factory=lambda: {"opt": "sgd", "lr": 0.1})
     scheduler: Mapping[str, Any] = field(default_factory=dict)
-    clip_grad: float | None = None
+    clip_grad: Annotated[float, "(0, inf)"] | None = None
     clip_mode: ClipMode = "norm"
-    max_norm: float | None = None
+    max_norm: Annotated[float, "(0, inf)"] | None = None
     mixup: Mapping[str, Any] | None = None
     mixup_off_epoch: int | None = None
     ema: Mapping[str, Any] | None = None
-    validate_every: int = 1
+    validate_every: Annotated[int, 1] = 1
     keep: Keep = "best"
     trained: Sequence[str] | None = None
     bn: BatchNorm = "frozen"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validate_every"):
-            check_integer(name, getattr(self, name), minimum=1)
-        for name in ("clip_grad", "max_norm"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), "(0, inf)")
-        check_literals("training", TrainingOptions, vars(self))
+        check_fields(self)
         if self.clip_mode != "norm" and self.clip_grad is None:
             raise UsageError(f"clip_mode {self.clip_mode} has no effect without clip_grad")
         if self.ema and self.ema.get("decay") is None:
@@ -243,17 +240,13 @@ class RepresentationTrainer:
         """Trains, and saves to a state after each epoch; see :func:`train_representation`."""
         if state is not None and len(state.accelerator._models) > 1:
             raise UsageError("an accelerator saves one run: make a new one for each")
-        epochs = self.options.epochs
-        keeps_best = self.options.keep == "best"
-        history: list[EpochRecord] = []
-        best: dict[str, Tensor] | None = None
-        if state is not None:
-            history, best = self._resume(state)
+        epochs, keeps_best = self.options.epochs, self.options.keep == "best"
+        history, best = ([], None) if state is None else self._resume(state)
         with ExitStack() as stack:
             bar = stack.enter_context(progress("training", epochs * self.updates, unit="updates"))
             stack.enter_context(means_over_processes(self.loss))
             if self._tap is not None:
-                stack.callback(self._tap.remove)
+                stack.callback(self._tap.hook.remove)
             advance(bar, len(history) * self.updates)
             for epoch in range(len(history), epochs):
                 history.append(self._epoch(epoch, bar))
@@ -283,8 +276,7 @@ class RepresentationTrainer:
 
     def _epoch(self, epoch: int, bar: Progress) -> EpochRecord:
         """Trains for one epoch, 0-based, and validates."""
-        started = time.perf_counter()
-        options = self.options
+        started, options = time.perf_counter(), self.options
         kept = f"; the state after epoch {epoch} is kept" if epoch else ""
         advice = (
             "start again, in another folder or with --overwrite, with a lower learning rate "
@@ -413,11 +405,7 @@ def validate(
 
 
 def share_of_batch(batch_size: int, draws: int, accelerator: Accelerator, unit: int = 1) -> int:
-    """Returns the number of images that a process takes at once.
-
-    ``batch_size`` images make an update over all processes and accumulated batches, ``draws`` an
-    epoch; ``unit`` images belong together, 2 for the pairs of a bilateral sampler.
-    """
+    """Returns the images per process and batch; ``unit`` images stay together, 2 for BBN."""
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     parts = processes * steps * unit
     if batch_size % parts or not 1 <= batch_size <= draws:

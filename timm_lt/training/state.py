@@ -136,10 +136,7 @@ class TrainingState:
     ) -> None:
         """Saves the state after the last epoch of the history; the one before it is kept too.
 
-        Args:
-            history: Every epoch so far.
-            ema: Averaged weights, if any.
-            best: The best weights so far, if of this epoch; None keeps those of the state before.
+        With ``best`` None the best weights of the state before are kept.
         """
         epoch = history[-1].epoch
         partial = self.folder / f".partial_{epoch:04d}"

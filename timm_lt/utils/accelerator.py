@@ -1,9 +1,7 @@
 """Processes, devices, threads and numerical precision of a run."""
 
-import multiprocessing
 import os
 import random
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +20,6 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import nn
-from torch.utils.data._utils import signal_handling
 
 from timm_lt.utils.checks import UsageError, check_choice, check_integer, user_errors
 
@@ -123,13 +120,12 @@ def kept_random_state() -> Iterator[None]:
 def torch_defaults() -> Iterator[None]:
     """Runs a block with torch's defaults, and restores the caller's settings afterwards.
 
-    These are the random states, inference mode, autocast, the default device and type of tensors,
-    and the process settings that the first data worker changes. One thread at a time runs a block.
+    These are the random states, inference mode, autocast, and the default device and type of
+    tensors. One thread at a time runs a block.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(STATE_LOCK)
-        stack.enter_context(_kept_worker_settings())
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.inference_mode(mode=False))
         for device in {"cpu", default_device().type}:
@@ -140,24 +136,6 @@ def torch_defaults() -> Iterator[None]:
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
         yield
-
-
-@contextmanager
-def _kept_worker_settings() -> Iterator[None]:
-    """Restores the start method of processes and the handler of SIGCHLD afterwards."""
-    start_method = multiprocessing.get_start_method(allow_none=True)
-    number = getattr(signal, "SIGCHLD", None)  # not on Windows
-    handler = None if number is None else signal.getsignal(number)
-    try:
-        yield
-    finally:
-        if start_method is None:
-            multiprocessing.set_start_method(None, force=True)
-        in_main = threading.current_thread() is threading.main_thread()
-        if number is not None and in_main and signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
-            # Otherwise torch would not set its handler for the caller's own workers.
-            signal_handling._SIGCHLD_handler_set = False
 
 
 def default_device() -> torch.device:

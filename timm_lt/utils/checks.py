@@ -116,21 +116,6 @@ def check_choice(noun: str, value: object, choices: tuple[str, ...]) -> None:
         raise unknown_name(noun, value, list(choices))
 
 
-def check_literals(owner: str, part: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Checks the options of a part whose annotation is a ``Literal``, a closed set of values.
-
-    With another type than None beside it, the set is not closed.
-    """
-    hints = typing.get_type_hints(part)
-    for name in options.keys() & hints.keys():
-        is_literal = typing.get_origin(hints[name]) is typing.Literal
-        kinds = (hints[name],) if is_literal else typing.get_args(hints[name])
-        closed = [kind for kind in kinds if kind is not NoneType]
-        is_closed = [typing.get_origin(kind) for kind in closed] == [typing.Literal]
-        if is_closed and (options[name] is not None or NoneType not in kinds):
-            check_choice(f"{name} of {owner}:", options[name], typing.get_args(closed[0]))
-
-
 def check_mapping(noun: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns options as a dict, empty for None; UsageError if they are not a mapping by name."""
     if value is None:
@@ -172,7 +157,7 @@ def check_flag(noun: str, value: bool) -> bool:
     return value
 
 
-def check_fields(part: Any) -> None:  # noqa: ANN401
+def check_fields(part: Any, owner: str = "") -> None:  # noqa: ANN401
     """Checks the fields of a dataclass by their annotations, for its ``__post_init__``.
 
     A ``Literal`` lists the choices, ``Annotated[float, "[0, 1)"]`` has an interval, and
@@ -184,23 +169,20 @@ def check_fields(part: Any) -> None:  # noqa: ANN401
             continue
         if NoneType in typing.get_args(kind):
             kind = typing.get_args(kind)[0]
-        arguments = typing.get_args(kind)
-        if typing.get_origin(kind) is typing.Literal:
-            check_choice(name, value, arguments)
+        arguments, origin = typing.get_args(kind), typing.get_origin(kind)
+        noun = f"{name} of {owner}" if owner else name
+        if origin is typing.Literal:
+            check_choice(noun, value, arguments)
         elif kind is bool:
-            check_flag(name, value)
-        elif arguments and arguments[0] is float:
-            setattr(part, name, check_number(name, value, arguments[1]))
-        elif arguments and arguments[0] is int:
-            setattr(part, name, check_integer(name, value, minimum=arguments[1]))
+            check_flag(noun, value)
+        elif origin is typing.Annotated:
+            check = check_number if arguments[0] is float else check_integer
+            # The dataclass may be frozen.
+            object.__setattr__(part, name, check(noun, value, arguments[1]))
 
 
 def check_background(background: object) -> str:
-    """Returns an opaque colour, by name, code or levels from 0 to 255, as ``#rrggbb``.
-
-    >>> check_background("white"), check_background([0, 128, 255])
-    ('#ffffff', '#0080ff')
-    """
+    """Returns an opaque colour, by name, code or levels from 0 to 255, as ``#rrggbb``."""
     from PIL import ImageColor
 
     try:
@@ -255,6 +237,3 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)

@@ -89,18 +89,14 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
 
 
-def epilog(examples: Sequence[str], status: str = STATUS) -> str:
+def epilog(examples: Sequence[str]) -> str:
     """Returns the text below the options in the help of a command: examples and exit status."""
     lines = [f"  {example}" for example in examples]
-    return "\n".join(["examples:", *lines, "", wrapped(status)])
+    return "\n".join(["examples:", *lines, "", wrapped(STATUS)])
 
 
 def one_line(text: str, limit: int = 80) -> str:
-    r"""Returns an untrusted text as one line without control characters, cut to a length.
-
-    >>> one_line(" two\nlines\x1b[2J")
-    'two lines [2J'
-    """
+    """Returns an untrusted text as one line without control characters, cut to a length."""
     # Control and format characters, lone surrogates; line and paragraph separators.
     odd = {"Cc", "Cf", "Cs", "Zl", "Zp"}
     text = "".join(" " if unicodedata.category(c) in odd else c for c in text[: 4 * limit])

@@ -7,7 +7,6 @@ from httpx2 import HTTPError
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -24,11 +23,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Splits ``namespace/name@revision``, with or without ``hf-hub:`` or a revision.
-
-    >>> split_revision("hf-hub:me/birds@v1"), split_revision("me/birds")
-    (('me/birds', 'v1'), ('me/birds', None))
-    """
+    """Splits ``namespace/name@revision``, with or without ``hf-hub:`` or a revision."""
     repo_id, at, revision = name.removeprefix(HF_HUB).partition("@")
     if "/" not in repo_id or (at and not revision) or ".." in revision:
         raise UsageError(
@@ -72,7 +67,7 @@ def _message(error: Exception, repo_id: str, revision: str | None, file: str | N
 
 def _reason(error: BaseException, subject: str) -> str:
     """Returns the reason of a failed request, and what can be done."""
-    specific = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, FileMetadataError)
+    specific = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled)
     cause: BaseException | None = error
     # For uploads and forced downloads the client wraps its errors in built-in ones.
     while cause is not None and not isinstance(cause, specific):
@@ -84,8 +79,6 @@ def _reason(error: BaseException, subject: str) -> str:
             return _status_reason(cause)
         case HTTPError():
             return f"{constants.ENDPOINT} cannot be reached ({_line(cause)}); try again"
-        case FileMetadataError():
-            return f"{constants.ENDPOINT} does not answer as the Hub does ({_line(cause)})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or subject} cannot be read or written: {error.strerror}"
     return _line(error)
@@ -93,17 +86,12 @@ def _reason(error: BaseException, subject: str) -> str:
 
 def _status_reason(error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    after = error.response.headers.get("Retry-After")
     reason, advice = {
         401: ("the token is not valid", LOGIN),
         403: ("the token has no permission", f"{LOGIN} with one that has"),
-        409: ("the repo has changed meanwhile", "try again"),
+        409: ("the branch has changed meanwhile", "try again"),
         412: ("the branch has changed meanwhile", "try again"),
-        429: (
-            "the Hub has had too many requests",
-            f"try again after {after} seconds" if after else "try again later",
-        ),
-    }.get(status, (f"the Hub answered {status}", "try again later" if status >= 500 else ""))
+    }.get(status, (f"the Hub answered {status}", "try again later" if status >= 429 else ""))
     text = error.server_message or (_line(error) if not advice else "")
     return reason + (f" ({text})" if text else "") + (f"; {advice}" if advice else "")
 

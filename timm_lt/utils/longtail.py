@@ -22,8 +22,6 @@ SelectionProtocol = Literal["standard", "paper"]
 ShotRule = Literal["fb", "oltr"]
 
 PARETO_POWER = 6
-
-
 # Least images of a many-shot class, most of a few-shot one, and the bounds of the groups in words.
 SHOT_RULES: dict[ShotRule, tuple[int, int, tuple[str, str, str]]] = {
     "fb": (101, 19, ("> 100", "20 to 100", "< 20")),
@@ -46,12 +44,9 @@ def check_labels(labels: Labels, num_classes: int | None = None, noun: str = "la
     unsigned = values.numpy().view(np.uint64)
     if unsigned.max() >= limit:
         index = int((unsigned >= limit).argmax())
-        fault = (
-            "is negative"
-            if values[index] < 0
-            else f"is not below num_classes={num_classes}; valid labels are 0 to {limit - 1}"
-        )
-        raise UsageError(f"{noun}[{index}] = {int(values[index])} {fault}")
+        value = int(values[index])
+        fault = "is negative" if value < 0 else f"is not below num_classes={num_classes}"
+        raise UsageError(f"{noun}[{index}] = {value} {fault}")
     return values
 
 
@@ -70,29 +65,20 @@ def _as_integers(values: Labels, noun: str) -> Tensor:
         values = values.detach().cpu()
         # NumPy has no bfloat16.
         values = (values.double() if values.is_floating_point() else values).numpy()
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        # Lists of different lengths.
-        array = np.asarray(values, dtype=object)
+    # Items of a list keep their types: NumPy takes a boolean among integers for 0 or 1.
+    array = np.fromiter(values, object) if dtype is None else np.asarray(values)
     if array.ndim != 1:
         raise UsageError(f"{noun} must be one-dimensional, got shape {array.shape}")
-    # NumPy takes a boolean among integers for 0 or 1.
-    mixed = isinstance(values, Sequence) and bool in set(map(type, values))
-    if not array.size or (array.dtype.kind in "iu" and not mixed):
+    if array.dtype.kind in "iu":
         return torch.from_numpy(array.astype(np.int64))
-    items: list[Any] = list(values if isinstance(values, Sequence) else array)
-    wrong = [index for index, item in enumerate(items) if not _is_integer(item)]
-    if not wrong:
-        return torch.tensor([int(item) for item in items])
-    # Among floats, a fraction or NaN says more than a whole number.
-    is_float = array.dtype.kind == "f"
-    index = min(wrong, key=lambda i: float(items[i]).is_integer()) if is_float else wrong[0]
-    item = items[index].item() if hasattr(items[index], "item") else items[index]
-    hint = "" if dtype is None else f": the dtype is {dtype}"
-    if isinstance(item, str):
-        hint = "; number the classes first, e.g. [names.index(name) for name in labels]"
-    raise UsageError(f"{noun}[{index}] = {item!r} is not an integer{hint}")
+    items = [item.item() if getattr(item, "ndim", None) == 0 else item for item in array]
+    for index, item in enumerate(items):
+        if not _is_integer(item):
+            hint = "" if dtype is None else f": the dtype is {dtype}"
+            if isinstance(item, str):
+                hint = "; number the classes first, e.g. [names.index(name) for name in labels]"
+            raise UsageError(f"{noun}[{index}] = {item!r} is not an integer{hint}")
+    return torch.tensor([int(item) for item in items], dtype=torch.int64)
 
 
 def _is_integer(value: object) -> bool:
@@ -125,9 +111,6 @@ def check_class_counts(
 
     A mapping or a pandas Series has them by label or class name; with ``num_classes`` or
     ``label_names`` it may omit empty classes.
-
-    >>> check_class_counts({2: 5, 0: 90}, num_classes=3)
-    tensor([90,  0,  5])
     """
     if hasattr(class_counts, "keys") and getattr(class_counts, "ndim", 1) == 1:
         class_counts = _in_label_order(class_counts, num_classes, list(label_names or ()))
@@ -217,17 +200,9 @@ def long_tailed_counts(
 def shot_groups(class_counts: ClassCounts, rule: ShotRule = "fb") -> dict[str, Tensor]:
     """Splits the classes into many-, medium- and few-shot groups by their training images.
 
-    ``fb`` (Kang et al.): many > 100, medium 20 to 100, few < 20. ``oltr`` (Liu et al.): many >=
-    100, medium 21 to 99, few <= 20. An empty class is few-shot.
-
-    Returns:
-        Three boolean masks, (C,), by name; each class is in exactly one.
-
-    References:
-        Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR
-        2020, https://arxiv.org/abs/1910.09217
-        Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
-        https://arxiv.org/abs/1904.05160
+    ``fb`` (Kang et al., ICLR 2020, https://arxiv.org/abs/1910.09217): many > 100, medium 20 to 100,
+    few < 20. ``oltr`` (Liu et al., CVPR 2019, https://arxiv.org/abs/1904.05160): many >= 100,
+    medium 21 to 99, few <= 20. An empty class is few-shot. The masks are boolean, (C,).
     """
     check_choice("shot rule", rule, get_args(ShotRule))
     counts = check_class_counts(class_counts)
