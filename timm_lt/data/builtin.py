@@ -50,13 +50,6 @@ def glyph_lt(split: Split, *, seed: int = 0) -> "Dataset":
     return dataset_from_arrays(images, labels, glyph_names())
 
 
-def glyph_counts(split: Split) -> list[int]:
-    """Returns the number of images per class in a split, (C,)."""
-    if split == "train":
-        return long_tailed_counts(NUM_CLASSES, 500, 100.0, "exponential")
-    return [EVALUATION_IMAGES[split]] * NUM_CLASSES
-
-
 def glyph_names() -> list[str]:
     """Returns the class names, (C,), by descending frequency."""
     text = (resources.files("timm_lt.data") / "glyph_atlas" / "classes.json").read_text("utf-8")
@@ -82,8 +75,11 @@ def glyph_arrays(split: Split, seed: int = 0) -> tuple[NDArray[np.uint8], NDArra
     """
     check_choice("split of glyph_lt", split, tuple(SPLITS))
     check_integer("seed", seed, minimum=0)
+    counts: int | list[int] = EVALUATION_IMAGES.get(split, 0)
+    if split == "train":
+        counts = long_tailed_counts(NUM_CLASSES, 500, 100.0, "exponential")
     rng = np.random.default_rng([seed, SPLITS[split]])
-    labels = rng.permutation(np.repeat(np.arange(NUM_CLASSES), glyph_counts(split)))
+    labels = rng.permutation(np.repeat(np.arange(NUM_CLASSES), counts))
     images = np.empty((len(labels), SIZE, SIZE, 3), np.uint8)
     with torch.no_grad():
         for start in range(0, len(labels), CHUNK):

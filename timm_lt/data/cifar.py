@@ -146,10 +146,8 @@ def _subset(
     order, number = official_rows(spec, stored), len(spec.names)
     labels = stored[order]
     chosen = long_tailed_indices(labels, num_classes=number, **options)
-    manifest = subset_manifest(
-        labels, chosen, num_classes=number, data=name, **options, order=ORDER
-    )
-    return manifest, order[chosen]
+    entries = {"data": name, **options, "order": ORDER}
+    return subset_manifest(labels, chosen, num_classes=number, **entries), order[chosen]
 
 
 def official_rows(spec: CifarSpec, labels: NDArray[np.int64]) -> NDArray[np.int64]:

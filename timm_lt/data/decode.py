@@ -74,15 +74,8 @@ def to_rgb(image: Image.Image, background: str = WHITE) -> Image.Image:
 
     Grey levels with more than 8 bits are scaled by the range of the file's type, such as 0 to 65535
     for 16 bits. 32-bit types have no usual range: floats from 0 to 1 are multiplied by 255; other
-    values up to 255 are levels of 8 bits, and up to 65535 levels of 16 bits. No value is clipped.
-
-    Args:
-        image: In any mode that Pillow converts.
-        background: Colour that transparent pixels are composited onto, ``#rrggbb``.
-
-    Raises:
-        ValueError: If values are negative, not finite, or in none of these ranges; also if they are
-            floats whose largest is between 1 and 16, which are ambiguous.
+    values up to 255 are levels of 8 bits, and up to 65535 levels of 16 bits. Other values are a
+    ValueError, also floats whose largest is between 1 and 16, which are ambiguous.
     """
     _scale_transparency(image)
     image.load()
@@ -204,25 +197,15 @@ def read_image(encoded: dict[str, Any] | Image.Image, row: int, column: ImageCol
 
 def decode_column(encoded: dict[str, Any] | Image.Image, column: ImageColumn) -> Image.Image:
     """Decodes an image with the background and mode of its column."""
-    background = getattr(column, "background", WHITE)
-    return decode_image(encoded, background=background, mode=column.mode)
+    return decode_image(encoded, getattr(column, "background", WHITE), column.mode)
 
 
 def decode_image(
-    encoded: dict[str, Any] | Image.Image | None,
-    *,
-    background: str = WHITE,
-    mode: str | None = None,
+    encoded: dict[str, Any] | Image.Image | None, background: str = WHITE, mode: str | None = None
 ) -> Image.Image:
     """Decodes an image to RGB, upright by its EXIF orientation; every image is read here.
 
-    Args:
-        encoded: A PIL image, or ``path`` and ``bytes``, one of which may be None.
-        background: See :func:`to_rgb`.
-        mode: Mode before RGB, such as L to remove colours.
-
-    Raises:
-        ImageError: If the image is damaged or has values in an unknown range.
+    A mode such as L removes colours before RGB. A damaged image is an :class:`ImageError`.
     """
     if get_worker_info() is not None:
         _ignore_warnings_once()
@@ -315,7 +298,6 @@ def shown_path(path: str) -> str:
 
 def unreadable_images(reasons: Mapping[str, str], number: int | None = None) -> UsageError:
     """Returns the error for images, of so many, that cannot be read: reasons by image name."""
-    # Other commands than training skip such images.
     fix = "train without such images with --data.unreadable skip"
     if len(reasons) == 1:
         ((name, reason),) = reasons.items()

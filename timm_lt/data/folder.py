@@ -107,11 +107,8 @@ def is_hidden(name: str) -> bool:
 
 def visible_files(root: Path, pattern: str) -> list[Path]:
     """Returns the files below a directory that match, sorted, without hidden ones."""
-    return [
-        path
-        for path in sorted(root.rglob(pattern))
-        if not any(map(is_hidden, path.relative_to(root).parts))
-    ]
+    paths = sorted(root.rglob(pattern))
+    return [path for path in paths if not any(map(is_hidden, path.relative_to(root).parts))]
 
 
 def suffix(path: str) -> str:

@@ -317,8 +317,7 @@ def _of_paths(path: Path, content: Mapping[str, Any]) -> ImageList:
     paths = Paths(_column(path, content, where, PATH_KEYS, str))
     labels = np.array(_column(path, content, where, LABEL_KEYS, int), np.int64)
     splits = _other_columns(path, content[where], *PATH_KEYS, *LABEL_KEYS)
-    stated = number if isinstance(number, int) else None
-    return ImageList(paths, labels, num_classes=stated, splits=splits)
+    return ImageList(paths, labels, None, number if isinstance(number, int) else None, splits)
 
 
 def _of_images(path: Path, content: Mapping[str, Any]) -> ImageList:

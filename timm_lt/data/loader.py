@@ -276,12 +276,6 @@ class NumberedSampler(Sampler[int]):
     A draw is ``t N + i``: ``i`` is the image, of N, and ``t`` counts the draws from the first epoch
     on, the same on every process and after a restart. An epoch has ``length`` draws; the rest of
     each epoch of the sampler is dropped.
-
-    >>> from timm_lt.samplers import create_sampler
-    >>> sampler = NumberedSampler(create_sampler("instance_balanced", [0, 1, 2]), 3, 2)
-    >>> sampler.set_epoch(5)
-    >>> [draw // 3 for draw in sampler]
-    [10, 11]
     """
 
     def __init__(self, sampler: ClassSampler, num_images: int, length: int) -> None:
