@@ -31,7 +31,7 @@ def epoch_of(sampler, seed, epoch=0):
 
 
 def several_chunks(monkeypatch, chunk_size=25):
-    """Divides an epoch into many chunks; classes of 5 and 6 images are shuffled in place."""
+    """Divides an epoch into many chunks, and their classes into many blocks."""
     monkeypatch.setattr(ClassSampler, "chunk_size", chunk_size)
     monkeypatch.setattr(streams, "BLOCK", 4)
 

@@ -58,7 +58,7 @@ N = len(LABELS)
 
 @pytest.fixture(params=[False, True], ids=["one_chunk", "small_chunks"])
 def chunks(request, monkeypatch):
-    """Runs with one chunk, and with several and classes that are shuffled in place."""
+    """Runs with one chunk, and with several."""
     if request.param:
         monkeypatch.setattr(ClassSampler, "chunk_size", 25)
         monkeypatch.setattr(streams, "BLOCK", 8)

@@ -80,58 +80,19 @@ class RangeLoss(_MetricLoss):
 
     def batch_term(self, features: Tensor, targets: Tensor) -> Tensor:
         """Returns ``alpha · L_intra + beta · L_inter``."""
-        same = targets[:, None] == targets
-        # The number of a class is the row of its first image.
-        group = same.int().argmax(1)
-        intra = self._intra(features, same, group)
-        return self.alpha * intra + self.beta * self._inter(features, group)
+        classes = [features[targets == label] for label in targets.unique()]
+        pairs = [self._distances(images) for images in classes if len(images) > 1]
+        largest = [found.topk(min(self.k, len(found))).values for found in pairs]
+        zero = features[:0].sum()
+        intra = sum((len(top) / top.reciprocal().sum() for top in largest), zero)
+        between = self._distances(torch.stack([images.mean(dim=0) for images in classes]))
+        inter = (self.margin - between.min()).relu() if len(between) else zero
+        return self.alpha * intra + self.beta * inter
 
-    def _intra(self, features: Tensor, same: Tensor, group: Tensor) -> Tensor:
-        """Returns the sum over the groups of the harmonic mean of their k largest distances."""
-        first, second, of_group, kept = _largest(features, same, group, self.k)
-        inverse = self._between(features[first], features[second]).reciprocal()
-        zeros = features.new_zeros(len(features))
-        total = zeros.index_add(0, of_group, inverse.where(kept, 0))
-        number = zeros.index_add(0, of_group, kept.to(inverse.dtype))
-        return (number / total.where(number > 0, 1)).sum()
-
-    def _inter(self, features: Tensor, group: Tensor) -> Tensor:
-        """Returns the hinge on the smallest distance between two means of groups."""
-        sums = torch.zeros_like(features).index_add(0, group, features)
-        sizes = features.new_zeros(len(features)).index_add(0, group, features.new_ones(len(group)))
-        means = sums / sizes.clamp_min(1)[:, None]
-        present = sizes > 0
-        with torch.no_grad():
-            pairs = (present[:, None] & present).triu(1)
-            nearest = torch.cdist(means, means).masked_fill(~pairs, torch.inf).argmin()
-        # Indexing with a scalar would synchronise.
-        ends = means.index_select(0, torch.stack([nearest // len(means), nearest % len(means)]))
-        gap = self._between(ends[0], ends[1])
-        return (self.margin - gap).relu().where(pairs.any(), 0)
-
-    def _between(self, first: Tensor, second: Tensor) -> Tensor:
-        squared = (first - second).square().sum(-1).clamp_min(NO_DISTANCE)
+    def _distances(self, rows: Tensor) -> Tensor:
+        """Returns the distances of all pairs of rows, (n (n - 1) / 2,)."""
+        squared = F.pdist(rows).square().clamp_min(NO_DISTANCE)
         return squared if self.distance == "squared" else squared.sqrt()
-
-
-@torch.no_grad()
-def _largest(
-    features: Tensor, same: Tensor, group: Tensor, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Finds the k largest distances within each group of rows, without a device synchronisation.
-
-    Returns, for each candidate pair: first row, second row, group, and whether it is among the k.
-    """
-    k = min(k, len(features))
-    distances = torch.cdist(features, features).masked_fill(~same.triu(1), -1)
-    # A group's k largest are among the k largest of its rows.
-    lengths, second = (top.flatten() for top in distances.topk(k, dim=1))
-    first = torch.arange(len(features), device=group.device).repeat_interleave(k)
-    order = lengths.argsort(descending=True)
-    order = order[group[first[order]].argsort(stable=True)]
-    of_group = group[first[order]]
-    rank = torch.arange(len(order), device=group.device) - torch.searchsorted(of_group, of_group)
-    return first[order], second[order], of_group, (rank < k) & (lengths[order] >= 0)
 
 
 @register_loss("lifted_structure")

@@ -52,12 +52,10 @@ class ProgressivelyBalancedSampler(ClassSampler):
         total = self.epochs * self.steps_per_epoch
         # The step at which a would be 1.
         self._last_step = total if self.schedule == "t/T" else max(total - 1, 1)
-        # Steps are divided into ticks if they are longer than a chunk; chunks are whole ticks.
-        self._ticks_per_step = -(-self.num_samples // (self.steps_per_epoch * self.chunk_size))
-        self._ticks = self.steps_per_epoch * self._ticks_per_step
-        by_draws = self.chunk_size * self._ticks // self.num_samples
+        # A chunk consists of whole steps, at least one.
+        by_draws = self.chunk_size * self.steps_per_epoch // self.num_samples
         by_memory = 4 * self.chunk_size // len(self.class_counts)
-        self._ticks_per_chunk = max(min(by_draws, by_memory), 1)
+        self._steps_per_chunk = max(min(by_draws, by_memory), 1)
 
     def class_probabilities(self, epoch: int | None = None) -> Tensor:
         """Returns ``(1 - a) n_j / N + a / C``, averaged over the steps of the epoch."""
@@ -78,18 +76,18 @@ class ProgressivelyBalancedSampler(ClassSampler):
     def _division(self, plan: Plan) -> tuple[int, Callable[[int], Integers]]:
         if self.steps_per_epoch == 1:
             return super()._division(plan)
-        num_chunks = -(-self._ticks // self._ticks_per_chunk)
-        return num_chunks, lambda chunk: self._drawn_before(plan, self._ticks_of(chunk)[:1])[0]
+        num_chunks = -(-self.steps_per_epoch // self._steps_per_chunk)
+        return num_chunks, lambda chunk: self._drawn_before(plan, self._steps_of(chunk)[:1])[0]
 
-    def _ticks_of(self, chunk: int) -> Integers:
-        """Returns the ticks of a chunk and the one after them."""
-        first = min(chunk * self._ticks_per_chunk, self._ticks)
-        return np.arange(first, min(first + self._ticks_per_chunk, self._ticks) + 1)
+    def _steps_of(self, chunk: int) -> Integers:
+        """Returns the steps of a chunk and the one after them."""
+        first = chunk * self._steps_per_chunk
+        return np.arange(first, first + self._steps_per_chunk + 1).clip(max=self.steps_per_epoch)
 
-    def _drawn_before(self, plan: Plan, ticks: Integers) -> Integers:
-        """Returns how often each class is drawn in the epoch before some ticks (ticks, C)."""
-        share = self._expected_before(plan, ticks)
-        total = self._expected_before(plan, np.array([self._ticks]))
+    def _drawn_before(self, plan: Plan, steps: Integers) -> Integers:
+        """Returns how often each class is drawn in the epoch before some steps (steps, C)."""
+        share = self._expected_before(plan, steps)
+        total = self._expected_before(plan, np.array([self.steps_per_epoch]))
         share /= np.where(total > 0, total, 1)
         # Rounded with an offset for each class, a multiple of 2^-18 plus 2^-19.
         key = seed_word(plan.seed, Purpose.SHARES, plan.epoch)
@@ -98,25 +96,22 @@ class ProgressivelyBalancedSampler(ClassSampler):
         share += (offset + 0.5) / 2**18
         return share.astype(np.int64)
 
-    def _expected_before(self, plan: Plan, ticks: Integers) -> NDArray[np.float64]:
-        """Returns the sum of the probabilities of the steps before some ticks (ticks, C)."""
-        steps = ticks / self._ticks_per_step
-        whole = np.floor(steps)
-        # The sum of a, which is constant within a step.
-        a = self._first_step(plan.epoch) * steps + whole * (whole - 1) / 2 + (steps - whole) * whole
-        a /= self._last_step
+    def _expected_before(self, plan: Plan, steps: Integers) -> NDArray[np.float64]:
+        """Returns the sum of the probabilities in the epoch before some steps (steps, C)."""
+        # The sum of a over these steps.
+        a = steps * (self._first_step(plan.epoch) + (steps - 1) / 2) / self._last_step
         instance_balanced, class_balanced = (end.numpy() for end in self._ends())
         return np.outer(steps - a, instance_balanced) + np.outer(a, class_balanced)
 
     def _arrange(self, plan: Plan, chunk: int, amounts: Integers, rng: torch.Generator) -> Array:
         if self.steps_per_epoch == 1:
             return super()._arrange(plan, chunk, amounts, rng)
-        of_tick = np.diff(self._drawn_before(plan, self._ticks_of(chunk)), axis=0)
-        tick = np.repeat(small_integers(len(of_tick)), of_tick.sum(axis=1))
-        order = torch.randperm(len(tick), generator=rng).numpy()
-        order = order[streams.sort_order(tick[order])]
-        classes = np.tile(small_integers(len(amounts)), len(of_tick))
-        arranged: Array = np.repeat(classes, of_tick.ravel())[order]
+        of_step = np.diff(self._drawn_before(plan, self._steps_of(chunk)), axis=0)
+        step = np.repeat(small_integers(len(of_step)), of_step.sum(axis=1))
+        order = torch.randperm(len(step), generator=rng).numpy()
+        order = order[streams.sort_order(step[order])]
+        classes = np.tile(small_integers(len(amounts)), len(of_step))
+        arranged: Array = np.repeat(classes, of_step.ravel())[order]
         return arranged
 
 
@@ -245,27 +240,9 @@ class BilateralSampler(ClassSampler):
         uniform = self._uniform.class_probabilities(epoch)
         return (uniform + self._other.class_probabilities(epoch)) / 2
 
-    def _plan(self, epoch: int) -> Plan:
-        """Returns the plan of the uniform stream; the other's follows from its seed and epoch."""
-        self._uniform.seed = self.seed
-        return self._uniform._plan(epoch)
-
     def _chunks(self, plan: Plan, start: int) -> Iterator[tuple[int, Array]]:
-        """Yields the pairs for which both streams have a chunk, from a position on."""
+        """Yields the whole epoch, since the chunks of the streams end at different positions."""
+        self._uniform.seed = plan.seed
         self._other.seed = int(seed_word(plan.seed, Purpose.REBALANCING)[0])
-        at = start // 2
-        uniform = self._uniform._chunks(plan, at)
-        other = self._other._chunks(self._other._plan(plan.epoch), at)
-        (begin_u, u), (begin_r, r) = next(uniform), next(other)
-        while True:
-            # The chunks of the two streams may end at different positions.
-            end = min(begin_u + len(u), begin_r + len(r))
-            pairs = (u[at - begin_u : end - begin_u], r[at - begin_r : end - begin_r])
-            yield 2 * at, np.stack(pairs, axis=1).ravel()
-            at = end
-            if 2 * at == self.num_samples:
-                return
-            if at == begin_u + len(u):
-                begin_u, u = next(uniform)
-            if at == begin_r + len(r):
-                begin_r, r = next(other)
+        pairs = [part.epoch_indices(plan.epoch) for part in (self._uniform, self._other)]
+        yield 0, torch.stack(pairs, dim=1).flatten().numpy()

@@ -26,7 +26,6 @@ class Purpose(IntEnum):
 
     ROUNDING = 0
     CYCLES = 1
-    SHUFFLING = 2
     SHARES = 3
     ARRANGEMENT = 4
     REBALANCING = 5
@@ -47,14 +46,10 @@ def keyed(key: Words, numbers: Array) -> Words:
     return mix(numbers.astype(np.uint64) * GOLDEN + key)
 
 
-def seed_sequence(seed: int, purpose: Purpose, *numbers: int) -> np.random.SeedSequence:
-    """Returns a seed sequence for a purpose and numbers such as an epoch and a chunk."""
-    return np.random.SeedSequence(seed, spawn_key=(purpose, *numbers))
-
-
 def seed_word(seed: int, purpose: Purpose, *numbers: int) -> Words:
-    """Returns one random 64-bit word of shape (1,)."""
-    return seed_sequence(seed, purpose, *numbers).generate_state(1, np.uint64).astype(np.uint64)
+    """Returns a random 64-bit word (1,) for a purpose and numbers such as an epoch and a chunk."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(purpose, *numbers))
+    return sequence.generate_state(1, np.uint64).astype(np.uint64)
 
 
 def torch_generator(seed: int, purpose: Purpose, *numbers: int) -> torch.Generator:
@@ -157,16 +152,13 @@ class ImageCycles:
             self._cycles.fill(-1)
         images = np.empty(amounts.sum(), dtype=self._images.dtype)
         begin = amounts.cumsum() - amounts
-        large = self.counts > BLOCK
-        for c in np.flatnonzero(large & (amounts > 0)):
-            self._draw_large(int(c), int(ranks[c]), images[begin[c] : begin[c] + amounts[c]])
-        classes = np.flatnonzero(~large & (amounts > 0))
+        classes = np.flatnonzero(amounts)
         work = (self.counts[classes] + amounts[classes]).cumsum() // BLOCK
         for few in np.split(classes, np.flatnonzero(np.diff(work)) + 1):
-            self._draw_small(few, ranks[few], amounts[few], begin[few], images)
+            self._draw(few, ranks[few], amounts[few], begin[few], images)
         return images
 
-    def _draw_small(
+    def _draw(
         self, classes: Integers, ranks: Integers, amounts: Integers, begin: Integers, images: Array
     ) -> None:
         """Writes the draws of some classes to ``images``, those of each class from ``begin`` on."""
@@ -214,23 +206,6 @@ class ImageCycles:
         row <<= np.uint64(64) - bits
         hashes |= row
         return images[sort_order(hashes.view(np.int64))]
-
-    def _draw_large(self, c: int, rank: int, images: Array) -> None:
-        """Writes the draws of one class, which is shuffled in place to save memory."""
-        size, start = int(self.counts[c]), self._starts[c]
-        home = self._images[start : start + size]
-        done = 0
-        while done < len(images):
-            cycle, low = divmod(rank + done, size)
-            if self._cycles[c] != cycle:
-                self._cycles[c] = -1
-                home.sort()
-                bits = seed_sequence(self._seed or 0, Purpose.SHUFFLING, c, cycle)
-                np.random.Generator(np.random.Philox(bits)).shuffle(home)
-                self._cycles[c] = cycle
-            part = home[low : low + len(images) - done]
-            images[done : done + len(part)] = part
-            done += len(part)
 
 
 def _parts(labels: Labels, num_classes: int | None) -> Iterator[tuple[int, NDArray[np.int64]]]:
