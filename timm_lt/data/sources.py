@@ -1,6 +1,5 @@
 """Registry of data sets, and data sets made of files or of arrays."""
 
-import importlib
 import inspect
 import io
 import os
@@ -31,33 +30,7 @@ SPLIT_WORDS: dict[str, Split] = {
 ROWS = 1000
 Source = TypeVar("Source", bound="Callable[..., Dataset | Mapping[Split, Dataset] | None]")
 
-# Modules of timm_lt's own data sets.
-MODULES = {
-    **dict.fromkeys(("glyph_lt", "digits_lt"), "builtin"),
-    **dict.fromkeys(("cifar10_lt", "cifar100_lt"), "cifar"),
-    "folder": "folder",
-    "hub": "hub",
-    **dict.fromkeys(("list", "imagenet_lt", "inat2018", "places_lt"), "lists"),
-}
-
-
-class _DataSets(Registry[Callable[..., Any]]):
-    """Data sets by name; the modules of timm_lt's own are imported when they are used."""
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        check_choice(self.noun, name, tuple(self))
-        if name not in self._parts:
-            importlib.import_module(f"timm_lt.data.{MODULES[name]}")
-        return super().__getitem__(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**MODULES, **self._parts})
-
-    def __contains__(self, name: object) -> bool:
-        return name in MODULES or name in self._parts
-
-
-DATASETS = _DataSets("data set")
+DATASETS: Registry[Callable[..., Any]] = Registry("data set")
 # Papers that selected on the test split, by data set.
 SELECTED_ON_TEST: dict[str, str] = {}
 
@@ -99,12 +72,13 @@ def list_datasets() -> list[str]:
 
 def check_protocol(name: str, protocol: str) -> None:
     """Checks that a data set may be used under a protocol, ``"standard"`` or ``"paper"``."""
+    check_choice("data set", name, tuple(DATASETS))
     check_choice("protocol", protocol, get_args(SelectionProtocol))
-    # Reading an entry imports its module, which registers the paper.
-    if protocol == "paper" and callable(DATASETS[name]) and name not in SELECTED_ON_TEST:
+    if protocol == "paper" and name not in SELECTED_ON_TEST:
+        known = ", ".join(f"{key} ({paper})" for key, paper in SELECTED_ON_TEST.items())
         raise UsageError(
             "protocol paper selects hyper-parameters and the epoch on the test split, and no paper "
-            f"is known to have done so for {name!r}; use protocol standard"
+            f"is known to have done so for {name!r}; use protocol standard, or one of: {known}"
         )
 
 
