@@ -1,7 +1,8 @@
 """Augmentations of batches of small images, each a function of (seed, draw) alone."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_lt.samplers.streams import keyed
-from timm_lt.utils.checks import Registry, check_choice, check_integer, check_number
+from timm_lt.utils.checks import Registry, check_fields, check_integer
 
 AUGMENTATIONS: Registry[Callable[..., "Augmentation"]] = Registry("augmentation")
 A = TypeVar("A", bound="type[Augmentation]")
@@ -47,6 +48,7 @@ def random_uniforms(seed: int, draws: Tensor, count: int) -> Tensor:
     return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Augmentation(nn.Module):
     """Base of all augmentations, which does not change the images.
 
@@ -61,9 +63,9 @@ class Augmentation(nn.Module):
 
     count = 0
 
-    def __init__(self) -> None:
-        # nn.Module would take any option, and fail later.
+    def __post_init__(self) -> None:
         super().__init__()
+        check_fields(self)
 
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Returns the augmented images."""
@@ -76,6 +78,7 @@ class NoAugmentation(Augmentation):
 
 
 @register_augmentation("crop")
+@dataclass(eq=False, repr=False, kw_only=True)
 class RandomCrop(Augmentation):
     """Pads, crops at a random position, and flips.
 
@@ -87,12 +90,12 @@ class RandomCrop(Augmentation):
         hflip: Probability of a horizontal flip, in [0, 1].
     """
 
-    def __init__(self, *, padding: int = 3, border: Border = "reflect", hflip: float = 0.0) -> None:
-        super().__init__()
-        self.padding = check_integer("padding", padding, minimum=1)
-        check_choice("border", border, get_args(Border))
-        self.border = border
-        self.hflip = check_number("hflip", hflip, "[0, 1]")
+    padding: Annotated[int, 1] = 3
+    border: Border = "reflect"
+    hflip: Annotated[float, "[0, 1]"] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         # Without flips, crops are those of earlier versions.
         self.count = 3 if self.hflip else 2
 
@@ -115,6 +118,7 @@ class RandomCrop(Augmentation):
 
 
 @register_augmentation("affine")
+@dataclass(eq=False, repr=False, kw_only=True)
 class RandomAffine(Augmentation):
     """Rotates, scales, stretches, shears and shifts, with the border reflected.
 
@@ -131,21 +135,11 @@ class RandomAffine(Augmentation):
 
     count = 6
 
-    def __init__(
-        self,
-        *,
-        rotation: float = 0.25,
-        scale: float = 0.15,
-        aspect: float = 0.12,
-        shear: float = 0.15,
-        shift: float = 3.0,
-    ) -> None:
-        super().__init__()
-        self.rotation = check_number("rotation", rotation, "[0, 3.1416]")
-        self.scale = check_number("scale", scale, "[0, 2]")
-        self.aspect = check_number("aspect", aspect, "[0, 2]")
-        self.shear = check_number("shear", shear, "[0, 2]")
-        self.shift = check_number("shift", shift, "[0, inf)")
+    rotation: Annotated[float, "[0, 3.1416]"] = 0.25
+    scale: Annotated[float, "[0, 2]"] = 0.15
+    aspect: Annotated[float, "[0, 2]"] = 0.12
+    shear: Annotated[float, "[0, 2]"] = 0.15
+    shift: Annotated[float, "[0, inf)"] = 3.0
 
     def forward(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Returns the transformed images, bilinear."""

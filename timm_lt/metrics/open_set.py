@@ -1,15 +1,15 @@
 """Open-set recognition: a confidence threshold rejects images of unknown classes."""
 
 import copy
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from timm_lt.metrics.streaming import check_logits, judge
-from timm_lt.utils.checks import UsageError, check_choice, check_integer, check_number
+from timm_lt.utils.checks import UsageError, check_choice, check_fields
 from timm_lt.utils.longtail import Labels, check_labels
 
 OpenSetRule = Literal["fb", "oltr"]
@@ -50,6 +50,7 @@ class OpenSetReport:
         return asdict(self) | {"images": list(self.images)}
 
 
+@dataclass(eq=False, repr=False)
 class OpenSetMetrics:
     """Accumulates the outcomes of known images and of open ones, which have an unknown class.
 
@@ -80,13 +81,13 @@ class OpenSetMetrics:
     (1.0, 0.5)
     """
 
-    def __init__(
-        self, num_classes: int, *, threshold: float = 0.1, rule: OpenSetRule = "oltr"
-    ) -> None:
-        self.num_classes = check_integer("num_classes", num_classes, minimum=1)
-        self.threshold = check_number("threshold", threshold, "[0, 1]")
-        check_choice("rule", rule, get_args(OpenSetRule))
-        self.rule = rule
+    num_classes: Annotated[int, 1]
+    _: KW_ONLY
+    threshold: Annotated[float, "[0, 1]"] = 0.1
+    rule: OpenSetRule = "oltr"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
         # Known: right, wrong, rejected; open: accepted, rejected.
         self._counts = torch.zeros(5, dtype=torch.long)
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +29,7 @@ from timm_lt.samplers import check_sampler, create_sampler
 from timm_lt.training.loop import RepresentationTrainer, TrainingOptions, share_of_batch
 from timm_lt.training.parts import BatchNorm, FrozenParts, cpu_copy
 from timm_lt.utils.accelerator import kept_random_state
-from timm_lt.utils.checks import UsageError, check_integer, check_number, unknown_name, user_errors
+from timm_lt.utils.checks import UsageError, check_fields, check_integer, unknown_name, user_errors
 from timm_lt.utils.console import log, progress
 from timm_lt.utils.longtail import check_no_empty_class, class_counts
 
@@ -62,22 +62,17 @@ class HeadOptions:
     """
 
     bn: BatchNorm = "frozen"
-    epochs: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    lr: float = 0.2
-    weight_decay: float = 5e-4
-    momentum: float = 0.9
+    epochs: Annotated[int, 1] | None = None
+    steps: Annotated[int, 1] | None = None
+    batch_size: Annotated[int, 1] | None = None
+    lr: Annotated[float, "(0, inf)"] = 0.2
+    weight_decay: Annotated[float, "[0, inf)"] = 5e-4
+    momentum: Annotated[float, "[0, 1)"] = 0.9
     sampler: str = "class_balanced"
     sampler_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr, "(0, inf)")
-        check_number("weight_decay", self.weight_decay, "[0, inf)")
-        check_number("momentum", self.momentum, "[0, 1)")
-        for name in ("epochs", "steps", "batch_size"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), minimum=1)
+        check_fields(self)
 
 
 class HeadTrainer:
