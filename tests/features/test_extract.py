@@ -428,7 +428,7 @@ def test_batches_of_any_layout_give_the_same_features(layout):
         ({"image": IMAGES, "box": 0}, "is a dict with the keys image, box; expected an image and"),
         ((IMAGES[0], LABELS[0]), r"shape \(3, 32, 32\), .*expected .* of shape \(batch, channels"),
         ((IMAGES[:, :1], LABELS), r"fails on images of shape \(11, 1, 32, 32\) \("),
-        ((IMAGES.byte(), LABELS), r"torch.uint8, .*expected .*floating-point .*: divided by 255"),
+        ((IMAGES.byte(), LABELS), r"torch.uint8, .*expected .*floating-point .*normalized"),
         (
             (IMAGES, LABELS[1:]),
             r"labels a Tensor of shape \(10,\), .*expected one integer for each",

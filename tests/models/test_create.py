@@ -82,7 +82,7 @@ def test_features_only_swallows_the_head(create):
 @pytest.mark.parametrize("create", [timm.create_model, timm_lt.create_model])
 @pytest.mark.parametrize("name", ["lt_test_resnet.glyph_lt", "lt_resnet32"])
 def test_a_head_needs_classes(create, name):
-    with pytest.raises(UsageError, match="create the model with num_classes >= 1"):
+    with pytest.raises(UsageError, match="create a timm model with num_classes >= 1"):
         create(name, num_classes=0, head="tau_norm", pretrained="." in name)
 
 
