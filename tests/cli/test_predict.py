@@ -102,6 +102,7 @@ def mixed(predict, tmp_path):
     Image.new("RGB", (8, 8), "blue").save(folder / "deeper" / "z.png")
     # A raw file is a TIFF whose first image is a preview: Pillow would decode that.
     Image.new("RGB", (8, 8), "red").save(folder / "e.NEF", "TIFF")
+    (folder / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(300))
     (folder / "f.jpg").symlink_to("nowhere.jpg")
     for name in ("notes.txt", "deeper/manual.pdf", "deeper/more.txt"):
         (folder / name).write_text("text")
@@ -116,12 +117,14 @@ def test_a_folder_is_read_or_named_file_by_file(predict, mixed):
     found = {row["image"]: row["error"] for row in csv.DictReader(out.splitlines())}
     assert found == {
         "mixed/a.jpg": "",
+        "mixed/b.heic": "files with the suffix .heic are not read; convert images to JPEG",
         "mixed/deeper/z.png": "",
+        "mixed/e.NEF": "files with the suffix .nef are not read; convert images to JPEG",
         "mixed/f.jpg": "neither a file nor a directory",
     }
     line, last = error.splitlines()
-    assert "skipped: 4 (2 .txt, 1 .nef, 1 .pdf): mixed/" in line
-    assert last.startswith("error: 1 of 3 images cannot be read: mixed/f.jpg (")
+    assert "skipped: 3 (2 .txt, 1 .pdf): mixed/" in line
+    assert last.startswith("error: 3 of 5 images cannot be read: mixed/b.heic (")
     for hidden in ("DS_Store", "Thumbs", "hidden"):
         assert hidden not in out + error
     (mixed / "only").mkdir()
@@ -130,7 +133,7 @@ def test_a_folder_is_read_or_named_file_by_file(predict, mixed):
     gone = "error: gone.png does not exist; expected an image or a folder of images\n"
     assert predict("gone.png")[2] == gone
     # Files that are named themselves: a text is not an image, and a raw file is not read either.
-    assert ".txt is not a suffix of an image" in predict("mixed/notes.txt", "--format", "csv")[1]
+    assert "suffix .txt are not read" in predict("mixed/notes.txt", "--format", "csv")[1]
     assert predict("mixed/e.NEF", "--format", "csv")[0] == 2
 
 

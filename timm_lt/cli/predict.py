@@ -31,6 +31,13 @@ from timm_lt.utils.files import read_text, write_atomic
 BATCH_SIZE = 32
 # Number of files that are named in the log because they are not images.
 SHOWN_OTHERS = 100
+# Photos that Pillow does not decode, or of which it decodes a preview.
+PHOTOS = frozenset(
+    (
+        *("heic", "heif", "avci", "jxl", "3fr", "arw", "cr2", "cr3", "dng", "nef", "orf", "pef"),
+        *("raf", "raw", "rw2", "srw"),
+    )
+)
 FORMATS = ("table", "csv", "json")
 
 
@@ -99,7 +106,7 @@ def predict_images(arguments: argparse.Namespace) -> None:
 def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the images among files and in folders, sorted, and why some cannot be read, by path.
 
-    Other files of a folder are logged.
+    Photos that Pillow cannot decode are among them; other files of a folder are logged.
     """
     paths: list[str] = []
     others: list[str] = []
@@ -108,13 +115,14 @@ def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not (path.is_dir() or path.is_file()):
             raise UsageError(f"{path} does not exist; expected an image or a folder of images")
         found = find_images(str(path)) if path.is_dir() else Found(images=[str(path)])
-        images = sorted([*found.images, *found.broken])
+        photos = [other for other in found.others if suffix(other) in PHOTOS]
+        images = sorted([*found.images, *photos, *found.broken])
         if not images:
             only = f"; found only {counted_suffixes(found.others)}" if found.others else ""
             raise UsageError(f"no images in {path}{only}")
         errors |= found.broken
         paths += images
-        others += found.others
+        others += [other for other in found.others if other not in photos]
     if others:
         names = shown_names([shown_path(other) for other in others], SHOWN_OTHERS)
         count = counted_suffixes(others)
@@ -122,7 +130,9 @@ def find_files(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     for text in paths:
         # Camera raw is a TIFF whose first image is a preview.
         if (end := suffix(text)) not in ("", *IMAGE_SUFFIXES):
-            errors.setdefault(text, f".{end} is not a suffix of an image; convert it to JPEG")
+            errors.setdefault(
+                text, f"files with the suffix .{end} are not read; convert images to JPEG"
+            )
     return paths, errors
 
 
