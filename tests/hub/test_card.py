@@ -138,15 +138,24 @@ def test_the_table_has_the_numbers_of_the_metrics():
     keys = ("many_shot", "medium_shot", "few_shot", "all", "macro_f1", "ece")
     assert [row[0] for row in rows[2:]] == [f"`{name}`" for name in metrics["heads"]]
     for row, figures in zip(rows[2:], metrics["heads"].values(), strict=True):
-        assert row[1:7] == [f"{100 * figures[k]:.1f}" for k in keys]
+        assert [cell.strip("*") for cell in row[1:7]] == [f"{100 * figures[k]:.1f}" for k in keys]
+    for column, key in enumerate(keys, start=1):
+        values = [figures[key] for figures in metrics["heads"].values()]
+        best = min(values) if key == "ece" else max(values)
+        bold = [row[column] for row in rows[2:] if row[column].startswith("**")]
+        # All that are equal as they are shown.
+        shown = [f"{100 * value:.1f}" for value in values]
+        assert bold == [f"**{100 * best:.1f}**"] * shown.count(f"{100 * best:.1f}")
     by_head = {row[0]: row[7:] for row in rows}
     assert by_head["`tau_norm`"] == ["`keep_bias=False`", "tau 1.02"]
     assert by_head["`ncm`"] == ["`metric=cosine`, `features=raw`", ""]
 
 
-def test_the_class_mean_is_shown_if_it_differs(info):
-    expected = [["`linear`", "70.4"], ["`tau_norm`", "-"]]
-    assert results(info, linear={"all": 0.70412}, tau_norm={"all": None})[2:] == expected
+def test_figures_that_look_the_same_are_best_and_the_class_mean_is_shown_if_it_differs(info):
+    equal = {"linear": {"all": 0.70412}, "crt": {"all": 0.70408}, "tau_norm": {"all": None}}
+    expected = [["`linear`", "**70.4**"], ["`crt`", "**70.4**"], ["`tau_norm`", "-"]]
+    assert results(info, **equal)[2:] == expected
+    # The best of a single head is not marked.
     rows = results(info, linear={"all": 0.7, "class_mean": 0.6})
     assert rows[0::2] == [["head", "all", "class mean"], ["`linear`", "70.0", "60.0"]]
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
-from report_runs import COUNTS, balanced_reports, right_in_order, whole_report
+from report_runs import COUNTS, balanced_reports, figures, long_tail, right_in_order, whole_report
 
 from timm_lt.features import Features
 from timm_lt.fitting import AccuracyCurve, tau_curve
@@ -17,6 +17,7 @@ from timm_lt.report.plots import (
     PALETTE,
     PLOT_FILES,
     draw_calibration,
+    draw_confusions,
     draw_curves,
     draw_frequency,
     draw_gains,
@@ -178,6 +179,18 @@ def test_the_gains_of_classes_are_differences_in_the_order_of_their_counts():
     assert "better: 1, worse: 1" in axes.get_xlabel()
     assert "crt" in axes.get_ylabel()
     assert draw_gains(report_of(reports, counts, recommended="linear"), 7) is None
+
+
+def test_the_bars_of_a_shot_group_add_up_to_all_of_its_images():
+    counts, targets, logits = long_tail(12, images=9)
+    report = Report(**figures(counts, targets, logits), recommended="crt")
+    linear, crt = draw_confusions(report, 7).axes
+    assert [axes.get_title(loc="left") for axes in (linear, crt)] == ["linear", "crt"]
+    for axes in (linear, crt):
+        ends = [bar.get_x() + bar.get_width() for bar in axes.patches[-3:]]
+        assert ends == pytest.approx([100] * 3)
+    right = (logits["crt"].argmax(1) == targets).double().view(12, 9).mean(1)
+    assert crt.patches[2].get_width() == pytest.approx(100 * float(right[counts < 20].mean()))
 
 
 def test_training_is_drawn_where_it_was_validated():

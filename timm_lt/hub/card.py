@@ -287,7 +287,7 @@ def _results(info: CheckpointInfo) -> dict[str, list[str]]:
         del figures["class_mean"]
     rules = {group: f" ({shot['rule']})" for group, shot in _shots(info).items()}
     columns = {
-        HEADINGS[key] + rules.get(key, ""): list(map(percent, values))
+        HEADINGS[key] + rules.get(key, ""): _best_in_bold(key, values)
         for key, values in figures.items()
         if any(value is not None for value in values)
     }
@@ -296,6 +296,13 @@ def _results(info: CheckpointInfo) -> dict[str, list[str]]:
         "selected": [plain(describe_selection(entry.selection)) for entry in heads],
     }
     return columns | {heading: texts for heading, texts in words.items() if any(texts)}
+
+
+def _best_in_bold(key: str, values: list[float | None]) -> list[str]:
+    """Formats figures in percent, the best of several in bold; equal texts are equally good."""
+    known = [percent(value) for value in values if value is not None]
+    best = (min if key == "ece" else max)(known, key=float) if len(known) > 1 else None
+    return [f"**{text}**" if text == best else text for text in map(percent, values)]
 
 
 def _options(entry: HeadEntry) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_lt.metrics import Objective
-from timm_lt.report.record import Report
+from timm_lt.report.record import Report, confused_groups
 from timm_lt.report.tables import GROUPS, OBJECTIVE_WORDS, group_word, percent
 from timm_lt.utils.files import write_atomic
 from timm_lt.utils.longtail import ClassCounts, ShotRule, check_class_counts, describe_shots
@@ -374,10 +374,40 @@ def draw_gains(report: Report, width: float) -> Any:  # noqa: ANN401
     return figure
 
 
+@chart_style()
+def draw_confusions(report: Report, width: float) -> Any:  # noqa: ANN401
+    """Draws the confusions between shot groups of the joint classifier and the recommended head."""
+    heads = [name for name in (report.base, report.recommended) if name is not None]
+    if not heads:
+        return None
+    confusions = {name: confused_groups(report, name) for name in heads}
+    figure, axes = panels(len(confusions), width, (2.5, 5.0, 2.6), sharey=True)
+    colors = {"right": LIGHT["grid"], **{group: LIGHT[group_word(group)] for group in GROUPS}}
+    bars: dict[str, Any] = {}
+    for panel, (head, groups) in zip(axes, confusions.items(), strict=True):
+        left = torch.zeros(len(groups))
+        for part, color in colors.items():
+            shares = torch.tensor([100 * outcomes[part] for outcomes in groups.values()])
+            drawn = panel.barh(range(len(groups)), shares, left=left, color=color)
+            bars["right" if part == "right" else f"a {group_word(part)}-shot class"] = drawn
+            texts = [f"{share:.0f}" if share >= 6 else "" for share in shares.tolist()]
+            ink = LIGHT["text"] if part == "right" else "white"
+            panel.bar_label(drawn, texts, label_type="center", color=ink)
+            left += shares
+        panel.set_yticks(range(len(groups)), [f"{group_word(group)}-shot" for group in groups])
+        panel.set(xlim=(0, 100), title=head, xlabel="test images, %")
+        panel.grid(visible=False)
+    axes[0].invert_yaxis()
+    axes[0].set_ylabel("true class")
+    add_legend(figure, bars, title="predicted", alignment="left")
+    return figure
+
+
 # Files of a run, in the order of the card.
 PLOTS: Mapping[str, Callable[[Report, float], Any]] = {
     "accuracy_by_frequency.png": draw_frequency,
     "gains.png": draw_gains,
+    "confusions.png": draw_confusions,
     "accuracy_by_tau.png": draw_curves,
     "calibration.png": draw_calibration,
     "training.png": draw_training,
