@@ -209,7 +209,7 @@ class RefusedError(Exception):
 
 @dataclass
 class Fault:
-    """What goes wrong, for which requests and how many times; see `LoopbackHub.fault`."""
+    """A fault, its requests and how many times it occurs; see `LoopbackHub.fault`."""
 
     method: str = ""
     path: str = ""
